@@ -1,0 +1,174 @@
+"""The ``"rdtf"`` object of an experiment JSON: strict, frozen models, every error reported at once.
+
+One JSON file is one experiment: DeepSpeed's own keys plus one ``"rdtf"`` object described here. Modules never receive these
+models, only values taken from them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelSection(_Section):
+    """DFGN's shape (Table 6)."""
+
+    block_out_channels: tuple[Positive, ...] = (320, 640, 1280, 1280)
+    attention_levels: tuple[bool, ...] = (True, True, True, False)
+    layers_per_block: Positive = 2
+    head_channels: Positive = 64
+    norm_groups: Positive = 32
+    context_dim: Positive = 1024
+    temporal_layer: Literal["sti", "conv3d"] = "sti"
+    sti_heads: Positive = 8
+    sti_head_dim: Positive = 32
+    sti_kernel_size: Positive = 3
+    sti_gamma: tuple[Positive, ...] | None = Field(
+        default=None, description="γ of each level; null: 2 where the side is at least 16, else 1"
+    )
+    guidance: Literal["latent", "pixel"] = "latent"
+    attention_backend: Literal["auto", "xformers", "sdpa", "math"] = "auto"
+
+
+class EncodersSection(_Section):
+    """Frozen encoders: each source is a folder, a hub id, ``haar:2``/``haar:4`` (autoencoder only) or ``tiny`` (made on the spot)."""
+
+    autoencoder: str = "stabilityai/sd-vae-ft-mse"
+    clip: str = "stabilityai/stable-diffusion-2-1"
+    t5: str = "google/t5-v1_1-large"
+    text_length: Positive = 77
+    t5_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+class DataSection(_Section):
+    """Where clips come from and how one becomes a sample."""
+
+    data_dir: str | None = None
+    synthetic_clips: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="clips generated when data_dir is null; 0: data_dir is required"
+    )
+    image_size: Positive = 256
+    frames: Annotated[int, Field(ge=3, le=8)] = 8
+    k_min: Annotated[int, Field(ge=3, le=8)] = 3
+    dual_mask: bool = True
+    word_hide_probability: Probability = 0.1
+    no_text_probability: Probability = 0.05
+    no_image_probability: Probability = 0.05
+    neither_probability: Probability = 0.05
+    background: tuple[int, int, int] = (255, 255, 255)
+    workers: Annotated[int, Field(ge=0)] = 2
+    max_pixels: Positive = 4096 * 4096
+    max_frames: Positive = Field(default=128, description="frames kept of one clip, evenly thinned")
+    max_source_frames: Positive = Field(default=3000, description="a clip with more is refused")
+    max_bytes: Positive = 64 * 2**20
+    decode_timeout_s: Annotated[float, Field(gt=0)] = 20.0
+    max_bad_fraction: Probability = 0.2
+
+
+class CurriculumSection(_Section):
+    """Static schedule × PID on the loss (Eq. 2-4)."""
+
+    mode: Literal["none", "linear", "difficulty_adaptive"] = "difficulty_adaptive"
+    error: Literal["log_ema", "paper"] = "log_ema"
+    static_start: dict[Literal["IPT", "PDT", "GRT"], Probability] = {"IPT": 0.6, "PDT": 0.25, "GRT": 0.15}
+    static_end: dict[Literal["IPT", "PDT", "GRT"], Probability] = {"IPT": 0.2, "PDT": 0.3, "GRT": 0.5}
+    static_steps: Positive | None = Field(default=None, description="applied steps of the schedule; null: max_steps")
+    text_only_share: Probability = Field(default=1 / 3, description="of GRT: no visible frame, text alone")
+    no_text_share: Probability = Field(default=0.5, description="of GRT with one visible frame: without text")
+    k_p: float = 5.0
+    k_i: float = 3.0
+    k_d: float = 1.3
+    fast_horizon: Positive = 20
+    slow_horizon: Positive = 200
+    integral_limit: Annotated[float, Field(gt=0)] = 1.0
+    sigma: Annotated[float, Field(gt=0)] = 1.0
+    delay: Positive = 4
+    timestep_normalised: bool = False
+    timestep_buckets: Positive = 10
+
+
+class DiffusionSection(_Section):
+    """Noise schedule and loss weighting."""
+
+    schedule: Literal["linear", "scaled_linear"] = "linear"
+    steps: Positive = 1000
+    beta_start: Annotated[float, Field(gt=0, lt=1)] = 0.00085
+    beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.0120
+    min_snr_gamma: Annotated[float, Field(gt=0)] | None = None
+
+
+class SamplingSection(_Section):
+    """Defaults of generation, saved with the exported model (Table 6)."""
+
+    steps: Positive = 50
+    eta: Annotated[float, Field(ge=0)] = 1.0
+    text_scale: float = 7.5
+    image_scale: float = 7.5
+
+
+class OptimizerSection(_Section):
+    """bitsandbytes AdamW over groups of about ``group_size`` parameters."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    warmup_steps: Annotated[int, Field(ge=0)] = 500
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    bits: Literal[8, 32] = 8
+    group_size: Positive = 40_000_000
+
+
+class EMASection(_Section):
+    """Exponential mean of the fp32 masters, sharded like them."""
+
+    enabled: bool = True
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.9999
+
+
+class MemorySection(_Section):
+    """Levers that trade time for memory."""
+
+    activation_checkpointing: Literal["none", "blocks", "blocks_cpu_offload"] = "blocks"
+    channels_last: bool = True
+    autoencoder_slice: Positive = Field(default=8, description="frames encoded at once")
+
+
+class CheckpointSection(_Section):
+    interval: Positive = 500
+    keep: Annotated[int, Field(ge=2)] = 3
+
+
+class ValidationSection(_Section):
+    """Fixed-seed clips made while training, by all ranks."""
+
+    interval: Annotated[int, Field(ge=0)] = Field(default=1000, description="0: never")
+    clips: Positive = 8
+    steps: Positive = 25
+
+
+class RDTFSection(_Section):
+    """Everything an experiment says beside DeepSpeed's keys."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    output_dir: str = "runs/rdtf"
+    max_steps: Positive = 50_000
+    verify_fp16_on_cpu: bool = Field(default=False, description="verification only: run an fp16 config on CPU")
+    model: ModelSection = ModelSection()
+    encoders: EncodersSection = EncodersSection()
+    data: DataSection = DataSection()
+    curriculum: CurriculumSection = CurriculumSection()
+    diffusion: DiffusionSection = DiffusionSection()
+    sampling: SamplingSection = SamplingSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    ema: EMASection = EMASection()
+    memory: MemorySection = MemorySection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    validation: ValidationSection = ValidationSection()
