@@ -1,7 +1,8 @@
 """The ``"rdtf"`` object of an experiment JSON: strict, frozen models, every error reported at once.
 
-One JSON file is one experiment: DeepSpeed's own keys plus one ``"rdtf"`` object described here. Modules never receive these
-models, only values taken from them.
+One JSON file is one experiment: DeepSpeed's own keys (``deepspeed_keys.py``) plus one ``"rdtf"`` object described here. Loading is in
+``experiment.py``, the checks of one key against another in ``cross_checks.py``. Modules never receive these models, only values taken
+from them.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+Byte = Annotated[int, Field(ge=0, le=255)]
+TaskName = Literal["IPT", "PDT", "GRT"]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelSection(_Section):
@@ -63,7 +67,7 @@ class DataSection(_Section):
     no_text_probability: Probability = 0.05
     no_image_probability: Probability = 0.05
     neither_probability: Probability = 0.05
-    background: tuple[int, int, int] = (255, 255, 255)
+    background: tuple[Byte, Byte, Byte] = (255, 255, 255)
     workers: Annotated[int, Field(ge=0)] = 2
     max_pixels: Positive = 4096 * 4096
     max_frames: Positive = Field(default=128, description="frames kept of one clip, evenly thinned")
@@ -78,8 +82,8 @@ class CurriculumSection(_Section):
 
     mode: Literal["none", "linear", "difficulty_adaptive"] = "difficulty_adaptive"
     error: Literal["log_ema", "paper"] = "log_ema"
-    static_start: dict[Literal["IPT", "PDT", "GRT"], Probability] = {"IPT": 0.6, "PDT": 0.25, "GRT": 0.15}
-    static_end: dict[Literal["IPT", "PDT", "GRT"], Probability] = {"IPT": 0.2, "PDT": 0.3, "GRT": 0.5}
+    static_start: dict[TaskName, Probability] = {"IPT": 0.6, "PDT": 0.25, "GRT": 0.15}
+    static_end: dict[TaskName, Probability] = {"IPT": 0.2, "PDT": 0.3, "GRT": 0.5}
     static_steps: Positive | None = Field(default=None, description="applied steps of the schedule; null: max_steps")
     text_only_share: Probability = Field(default=1 / 3, description="of GRT: no visible frame, text alone")
     no_text_share: Probability = Field(default=0.5, description="of GRT with one visible frame: without text")
@@ -119,7 +123,7 @@ class OptimizerSection(_Section):
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
     warmup_steps: Annotated[int, Field(ge=0)] = 500
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Momentum, Momentum] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     bits: Literal[8, 32] = 8
@@ -142,6 +146,8 @@ class MemorySection(_Section):
 
 
 class CheckpointSection(_Section):
+    """How often the whole state is written, and how many are kept."""
+
     interval: Positive = 500
     keep: Annotated[int, Field(ge=2)] = 3
 
