@@ -1,0 +1,128 @@
+"""Joins singly encoded frames into one animated GIF, APNG or WebP file, one stored frame for each frame given.
+
+Pillow's and libwebp's own animation writers merge equal neighbouring frames, which changes the frame count that a training clip
+is indexed by. So every frame is encoded alone and the containers are put together here, from their specifications:
+GIF89a (W3C), Portable Network Graphics 3rd edition (W3C), WebP Container Specification (Google).
+All frames are full-size and replace the canvas.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+GIF_REPLACE, GIF_RESTORE_BACKGROUND = 1, 2
+WEBP_ALPHA_FLAG, WEBP_ANIMATION_FLAG = 0x10, 0x02
+WEBP_NO_BLEND = 0x02
+
+
+def join_gif(stills: Sequence[bytes], durations_ms: Sequence[int]) -> bytes:
+    """One looping GIF of single-frame GIFs; each keeps its own colours as a local palette. Delays have a step of 10 ms, at least 20."""
+    parsed = [_parse_still_gif(still) for still in stills]
+    out = bytearray(b"GIF89a" + parsed[0].size + b"\x70\x00\x00")  # no global palette
+    out += b"\x21\xff\x0bNETSCAPE2.0\x03\x01\x00\x00\x00"
+    for frame, duration in zip(parsed, durations_ms, strict=True):
+        transparent = frame.transparent_index is not None
+        disposal = GIF_RESTORE_BACKGROUND if transparent else GIF_REPLACE
+        delay = min(max(round(duration / 10), 2), 0xFFFF)  # viewers turn a delay below 20 ms into 100 ms
+        out += struct.pack("<BBBBHBB", 0x21, 0xF9, 4, disposal << 2 | transparent, delay, frame.transparent_index or 0, 0)
+        palette_bits = (len(frame.palette) // 3).bit_length() - 2
+        out += b"\x2c\x00\x00\x00\x00" + frame.size + bytes([0x80 | palette_bits]) + frame.palette + frame.pixels
+    return bytes(out + b"\x3b")
+
+
+class _StillGIF:
+    """The parts of a single-frame GIF that go into an animation."""
+
+    def __init__(self, size: bytes, palette: bytes, transparent_index: int | None, pixels: bytes) -> None:
+        self.size, self.palette, self.transparent_index, self.pixels = size, palette, transparent_index, pixels
+
+
+def _parse_still_gif(data: bytes) -> _StillGIF:
+    size, flags = data[6:10], data[10]
+    palette_bytes = 3 * 2 ** ((flags & 7) + 1) if flags & 0x80 else 0
+    palette, at = data[13 : 13 + palette_bytes], 13 + palette_bytes
+    transparent_index = None
+    while data[at] == 0x21:  # extensions before the image
+        if data[at + 1] == 0xF9 and data[at + 3] & 1:
+            transparent_index = data[at + 6]
+        at = _end_of_sub_blocks(data, at + 2)
+    assert data[at] == 0x2C, "a GIF that Pillow wrote has an image after its extensions"
+    local = data[at + 9]
+    at += 10
+    if local & 0x80:
+        palette_bytes = 3 * 2 ** ((local & 7) + 1)
+        palette, at = data[at : at + palette_bytes], at + palette_bytes
+    return _StillGIF(size, palette, transparent_index, data[at : _end_of_sub_blocks(data, at + 1)])
+
+
+def _end_of_sub_blocks(data: bytes, at: int) -> int:
+    while data[at]:
+        at += data[at] + 1
+    return at + 1
+
+
+def join_apng(stills: Sequence[bytes], durations_ms: Sequence[int]) -> bytes:
+    """One looping APNG of PNGs that share size and colour type."""
+    header = next(body for kind, body in _png_chunks(stills[0]) if kind == b"IHDR")
+    width, height = struct.unpack(">II", header[:8])
+    out = bytearray(PNG_SIGNATURE + _png_chunk(b"IHDR", header))
+    out += _png_chunk(b"acTL", struct.pack(">II", len(stills), 0))
+    sequence = 0
+    for number, (still, duration) in enumerate(zip(stills, durations_ms, strict=True)):
+        control = struct.pack(">IIIIIHHBB", sequence, width, height, 0, 0, min(duration, 0xFFFF), 1000, 0, 0)
+        out += _png_chunk(b"fcTL", control)
+        sequence += 1
+        for kind, body in _png_chunks(still):
+            if kind == b"IHDR":
+                assert body == header, "frames of one APNG share size and colour type"
+            if kind != b"IDAT":
+                continue
+            if number == 0:
+                out += _png_chunk(b"IDAT", body)
+            else:
+                out += _png_chunk(b"fdAT", struct.pack(">I", sequence) + body)
+                sequence += 1
+    return bytes(out + _png_chunk(b"IEND", b""))
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    at = len(PNG_SIGNATURE)
+    while at < len(data):
+        (length,) = struct.unpack(">I", data[at : at + 4])
+        yield data[at + 4 : at + 8], data[at + 8 : at + 8 + length]
+        at += length + 12
+
+
+def _png_chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def join_webp(stills: Sequence[bytes], durations_ms: Sequence[int], size: tuple[int, int], alpha: bool) -> bytes:
+    """One looping WebP of still WebPs of ``size`` (width, height)."""
+    extent = _uint24(size[0] - 1) + _uint24(size[1] - 1)
+    flags = WEBP_ANIMATION_FLAG | (WEBP_ALPHA_FLAG if alpha else 0)
+    chunks = [_riff_chunk(b"VP8X", bytes([flags, 0, 0, 0]) + extent), _riff_chunk(b"ANIM", b"\x00\x00\x00\x00\x00\x00")]
+    for still, duration in zip(stills, durations_ms, strict=True):
+        images = b"".join(_riff_chunk(kind, body) for kind, body in _riff_chunks(still) if kind in (b"ALPH", b"VP8 ", b"VP8L"))
+        head = _uint24(0) + _uint24(0) + extent + _uint24(min(duration, 0xFFFFFF)) + bytes([WEBP_NO_BLEND])
+        chunks.append(_riff_chunk(b"ANMF", head + images))
+    return _riff_chunk(b"RIFF", b"WEBP" + b"".join(chunks))
+
+
+def _riff_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    at = 12
+    while at < len(data):
+        (length,) = struct.unpack("<I", data[at + 4 : at + 8])
+        yield data[at : at + 4], data[at + 8 : at + 8 + length]
+        at += 8 + length + (length & 1)
+
+
+def _riff_chunk(kind: bytes, body: bytes) -> bytes:
+    return kind + struct.pack("<I", len(body)) + body + b"\x00" * (len(body) & 1)
+
+
+def _uint24(value: int) -> bytes:
+    return struct.pack("<I", value)[:3]

@@ -1,0 +1,272 @@
+"""Turns a planned micro-batch into tensors: decode, choose frames, hide words, drop conditions, draw timestep and noise.
+
+Everything random is drawn from ``derive_seed(seed, sample number, purpose)``, so a sample is the same whichever worker, rank,
+micro-batch or restart makes it.
+
+Legend: B samples, F frames of the longest sample of the micro-batch, H W pixels, C h w latent channels and size.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+from rdtf_ds.data.captions import hide_words
+from rdtf_ds.data.clustering import choose_frames, frame_features
+from rdtf_ds.data.decoding import ClipError, DecodeLimits, decode_clip
+from rdtf_ds.data.index import ClipIndex
+from rdtf_ds.data.quarantine import Problem
+from rdtf_ds.data.step_plan import SamplePlan
+from rdtf_ds.diffusion.masks import MAX_FRAMES, Task, evenly_spaced, level
+from rdtf_ds.errors import UserError
+from rdtf_ds.seeding import derive_seed, numpy_generator, torch_generator
+
+_STAND_IN_ATTEMPTS = 32
+
+
+class NoUsableClip(UserError):
+    """A sample's clip and all its stand-ins failed to decode."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One micro-batch. Padded frames are black, hidden, and False in ``frame_mask``.
+
+    Attributes:
+        frames: uint8 (B, 3, F, H, W).
+        condition_mask: bool (B, F), True = the model sees this frame clean.
+        frame_mask: bool (B, F), True = a real frame, which counts in the loss.
+        captions: with hidden words as "#".
+        timestep: int64 (B,).
+        noise: float32 (B, C, F, h, w), zero in padded frames.
+        tasks, levels, sample_numbers: as planned; ``levels`` counts masked frames before a drop hides all.
+        clip_ids: of the clips used, stand-ins included.
+        problems: clips that failed to decode on the way.
+    """
+
+    frames: torch.Tensor
+    condition_mask: torch.Tensor
+    frame_mask: torch.Tensor
+    captions: list[str]
+    timestep: torch.Tensor
+    noise: torch.Tensor
+    tasks: list[Task]
+    levels: list[int]
+    sample_numbers: list[int]
+    clip_ids: list[int]
+    problems: list[Problem]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch with its tensors on a device."""
+        names = ("frames", "condition_mask", "frame_mask", "timestep", "noise")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+
+    def pin_memory(self) -> Batch:
+        """The batch with its tensors in page-locked memory; a DataLoader with ``pin_memory`` calls this."""
+        names = ("frames", "condition_mask", "frame_mask", "timestep", "noise")
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in names})
+
+
+@dataclass(frozen=True, slots=True)
+class DropRates:
+    """Probabilities, of each sample, of hiding words and of dropping conditions for guidance. The last three exclude each other."""
+
+    word_hide: float = 0.1
+    no_text: float = 0.05
+    no_image: float = 0.05
+    neither: float = 0.05
+
+    def __post_init__(self) -> None:
+        rates = (self.word_hide, self.no_text, self.no_image, self.neither)
+        if min(rates) < 0 or max(rates) > 1 or self.no_text + self.no_image + self.neither > 1 + 1e-9:
+            raise ValueError(f"drop rates must be probabilities, the last three at most 1 together; got {rates}")
+
+
+@dataclass(frozen=True, slots=True)
+class LatentShape:
+    """What noise looks like: ``channels`` × frames × ``size`` × ``size``."""
+
+    channels: int
+    size: int
+
+
+@dataclass
+class StickerDataset:
+    """Maps a planned micro-batch to a :class:`Batch`; ``dataset[plans]``.
+
+    Args:
+        index: the clips.
+        seed: of the run.
+        latent: shape of the noise.
+        image_size: side of the square frames, in pixels.
+        background: RGB under transparent pixels and around letterboxed clips.
+        limits: of decoding; the same as the index was made with.
+        drops: for guidance.
+        timesteps: of the noise schedule; drawn from 0 to this, exclusive.
+        frames: the most frames of a sample, for which noise is drawn.
+        dual_mask: False takes evenly spaced frames instead of one of each cluster (Table 3's arm).
+        cache_bytes: decoded clips kept by each worker. A matter of speed alone.
+    """
+
+    index: ClipIndex
+    seed: int
+    latent: LatentShape
+    image_size: int
+    background: tuple[int, int, int] = (255, 255, 255)
+    limits: DecodeLimits = field(default_factory=DecodeLimits)
+    drops: DropRates = field(default_factory=DropRates)
+    timesteps: int = 1000
+    frames: int = MAX_FRAMES
+    dual_mask: bool = True
+    cache_bytes: int = 256 * 2**20
+
+    def __post_init__(self) -> None:
+        self._cache = _ClipCache(self.cache_bytes)
+
+    def __getitem__(self, micro_batch: Sequence[SamplePlan]) -> Batch:
+        """Make the samples of a micro-batch and pad them to the longest.
+
+        Raises:
+            NoUsableClip: a clip and 32 stand-ins failed to decode.
+        """
+        return collate([self._sample(plan) for plan in micro_batch])
+
+    def _sample(self, plan: SamplePlan) -> _Sample:
+        clip_id, frames, features, problems = self._decode(plan)
+        chosen = self._choose(features, plan)
+        caption, condition_mask = self._conditions(plan, self.index.rows[clip_id].caption)
+        timestep = int(self._rng(plan, "timestep").integers(self.timesteps))
+        generator = torch_generator(self.seed, plan.sample_number, "noise")
+        noise = torch.randn(self.latent.channels, self.frames, self.latent.size, self.latent.size, generator=generator)
+        return _Sample(plan, clip_id, frames[chosen], caption, condition_mask, timestep, noise[:, : plan.k], problems)
+
+    def _rng(self, plan: SamplePlan, purpose: str) -> np.random.Generator:
+        return numpy_generator(self.seed, plan.sample_number, purpose)
+
+    def _decode(self, plan: SamplePlan) -> tuple[int, np.ndarray, np.ndarray, list[Problem]]:
+        """The planned clip, or the first stand-in that decodes: its id, frames, features, and what failed before it."""
+        problems: list[Problem] = []
+        for attempt in range(_STAND_IN_ATTEMPTS + 1):
+            clip_id = plan.clip_id if attempt == 0 else self._stand_in(plan, attempt)
+            row = self.index.rows[clip_id]
+            try:
+                frames, features = self._cache.get(clip_id) or self._cache.put(clip_id, self._decode_clip(clip_id))
+            except ClipError as error:
+                problems.append(Problem(row.path, error.reason, plan.sample_number))
+                continue
+            return clip_id, frames, features, problems
+        raise NoUsableClip(
+            f"sample {plan.sample_number}: {len(problems)} clips in a row cannot be decoded, the last one "
+            f"'{problems[-1].path}': {problems[-1].reason}. Is the data folder '{self.index.root}' still there and readable?"
+        )
+
+    def _decode_clip(self, clip_id: int) -> tuple[np.ndarray, np.ndarray]:
+        row = self.index.rows[clip_id]
+        frames = decode_clip(self.index.root / row.path, self.image_size, self.background, self.limits)
+        expected = min(row.num_frames, self.limits.max_frames)
+        if len(frames) != expected:
+            raise ClipError(row.path, f"has {len(frames)} frames, but had {expected} when it was indexed: the file has changed")
+        return frames, frame_features(frames)
+
+    def _stand_in(self, plan: SamplePlan, attempt: int) -> int:
+        """Another clip, from the seed alone: with enough frames for the planned mask if there is any."""
+        ids = self.index.trainable[self.index.frame_counts >= plan.k]
+        if not len(ids):
+            ids = self.index.trainable
+        return int(ids[derive_seed(self.seed, plan.sample_number, "stand-in", attempt) % len(ids)])
+
+    def _choose(self, features: np.ndarray, plan: SamplePlan) -> np.ndarray:
+        """Numbers of the frames used, rising; only a stand-in with fewer than k frames shows some twice."""
+        if len(features) < plan.k:
+            return np.arange(plan.k) * len(features) // plan.k
+        if not self.dual_mask:
+            return evenly_spaced(len(features), plan.k)
+        return choose_frames(features, plan.k, self._rng(plan, "frames"))
+
+    def _conditions(self, plan: SamplePlan, caption: str) -> tuple[str, np.ndarray]:
+        """The caption and condition mask after the drops that guidance needs.
+
+        A drop never takes the only condition a sample has: nothing at all is shown with probability ``neither`` and no other.
+        """
+        drops, draw = self.drops, self._rng(plan, "drops").random()
+        no_text = draw < drops.no_text
+        no_image = drops.no_text <= draw < drops.no_text + drops.no_image
+        neither = drops.no_text + drops.no_image <= draw < drops.no_text + drops.no_image + drops.neither
+        has_image = any(plan.mask)
+        hide_all = neither or not plan.text or (no_text and has_image)
+        hide_image = neither or (no_image and plan.text)
+        words = hide_words(caption, 1.0 if hide_all else drops.word_hide, self._rng(plan, "words"))
+        mask = np.array(plan.mask, bool)
+        return words, np.zeros_like(mask) if hide_image else mask
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """One sample before padding: frames uint8 (k, H, W, 3), condition_mask bool (k,), noise float32 (C, k, h, w)."""
+
+    plan: SamplePlan
+    clip_id: int
+    frames: np.ndarray
+    caption: str
+    condition_mask: np.ndarray
+    timestep: int
+    noise: torch.Tensor
+    problems: list[Problem]
+
+
+def collate(samples: Sequence[_Sample]) -> Batch:
+    """Stack samples, each padded at its end to the longest."""
+    batch, longest = len(samples), max(len(sample.frames) for sample in samples)
+    height, width = samples[0].frames.shape[1:3]
+    channels, _, *latent_size = samples[0].noise.shape
+    frames = torch.zeros(batch, 3, longest, height, width, dtype=torch.uint8)
+    noise = torch.zeros(batch, channels, longest, *latent_size)
+    condition_mask = torch.zeros(batch, longest, dtype=torch.bool)
+    frame_mask = torch.zeros(batch, longest, dtype=torch.bool)
+    for row, sample in enumerate(samples):
+        k = len(sample.frames)
+        frames[row, :, :k] = torch.from_numpy(sample.frames).permute(3, 0, 1, 2)
+        noise[row, :, :k] = sample.noise
+        condition_mask[row, :k] = torch.from_numpy(sample.condition_mask)
+        frame_mask[row, :k] = True
+    plans = [sample.plan for sample in samples]
+    return Batch(
+        frames=frames,
+        condition_mask=condition_mask,
+        frame_mask=frame_mask,
+        captions=[sample.caption for sample in samples],
+        timestep=torch.tensor([sample.timestep for sample in samples], dtype=torch.int64),
+        noise=noise,
+        tasks=[plan.task for plan in plans],
+        levels=[level(plan.mask) for plan in plans],
+        sample_numbers=[plan.sample_number for plan in plans],
+        clip_ids=[sample.clip_id for sample in samples],
+        problems=[problem for sample in samples for problem in sample.problems],
+    )
+
+
+class _ClipCache:
+    """Decoded clips of one process, the longest unused thrown out first."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._clips: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+
+    def get(self, clip_id: int) -> tuple[np.ndarray, np.ndarray] | None:
+        clip = self._clips.get(clip_id)
+        if clip is not None:
+            self._clips.move_to_end(clip_id)
+        return clip
+
+    def put(self, clip_id: int, clip: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        self._clips[clip_id] = clip
+        self._bytes += clip[0].nbytes
+        while self._bytes > self._max_bytes:
+            _, (frames, _) = self._clips.popitem(last=False)
+            self._bytes -= frames.nbytes
+        return clip

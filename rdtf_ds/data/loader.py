@@ -1,0 +1,131 @@
+"""Feeds planned steps to the training loop through worker processes, never further ahead than the plans may look.
+
+The main process draws the plans and hands micro-batches to workers; results come back in order. A DataLoader holds
+workers × prefetch micro-batches beyond the one it returns, so with A micro-batches in a step, plans up to
+ceil(workers × prefetch / A) steps ahead are drawn: that must stay within the queue's delay.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Iterator
+from itertools import count
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from rdtf_ds.data.dataset import Batch, StickerDataset
+from rdtf_ds.data.step_plan import PlanQueue, SamplePlan
+from rdtf_ds.errors import UserError
+
+_PREFETCH = 2
+_log = logging.getLogger(__name__)
+
+
+class PlannedLoader:
+    """Makes the batches of planned steps, the same for any number of workers.
+
+    Args:
+        dataset: makes a batch of a planned micro-batch.
+        queue: draws plans; the training loop pushes a curriculum state into it after every step.
+        rank, world: which slice of the global batch.
+        micro_batch: samples at once.
+        accumulation: micro-batches of one optimizer step on this rank.
+        workers: processes; 0 makes batches in this one. At most ``delay`` × ``accumulation`` are started, more could not be kept busy.
+        pin_memory: page-locked tensors, for copies to a GPU.
+    """
+
+    def __init__(
+        self,
+        dataset: StickerDataset,
+        queue: PlanQueue,
+        rank: int,
+        world: int,
+        micro_batch: int,
+        accumulation: int,
+        workers: int,
+        pin_memory: bool = False,
+    ) -> None:
+        self._dataset, self._queue = dataset, queue
+        self._rank, self._world, self._micro_batch, self._accumulation = rank, world, micro_batch, accumulation
+        self._pin_memory = pin_memory
+        look_ahead = queue.delay * accumulation  # micro-batches
+        self.workers = min(workers, look_ahead)
+        if self.workers < workers:
+            _log.warning(
+                "rdtf.data.workers is %d, but rdtf.curriculum.delay (%d) × accumulation (%d) lets only %d work ahead: starting %d",
+                workers, queue.delay, accumulation, look_ahead, self.workers,
+            )  # fmt: skip
+        self.prefetch = min(_PREFETCH, look_ahead // self.workers) if self.workers else 0
+
+    def steps(self, first: int, stop: int | None = None) -> Iterator[tuple[int, list[Batch]]]:
+        """Yield (step, its micro-batches in order) from step ``first`` up to ``stop``, exclusive (None: without end).
+
+        Between two steps the caller pushes the curriculum state into the queue. Closing the iterator ends the workers.
+
+        Raises:
+            ValueError: ``first`` is not the queue's next step.
+            UserError: a sample could not be made, as the dataset says.
+        """
+        if first != self._queue.next_step:
+            raise ValueError(f"loading from step {first}, but the plans are at step {self._queue.next_step}")
+        loader: DataLoader[Batch | UserError] = DataLoader(
+            _Messenger(self._dataset),  # type: ignore[arg-type]
+            batch_size=None,
+            sampler=_PlannedMicroBatches(self, first, stop),
+            num_workers=self.workers,
+            prefetch_factor=self.prefetch or None,
+            worker_init_fn=_start_worker if self.workers else None,
+            generator=torch.Generator(),  # seeds workers; nothing of the run's is drawn from it
+            pin_memory=self._pin_memory,
+        )
+        batches = iter(loader)
+        try:
+            for step in count(first) if stop is None else range(first, stop):
+                yield step, [_unwrap(next(batches)) for _ in range(self._accumulation)]
+        finally:
+            del batches, loader  # DataLoader ends its workers when its iterator goes
+
+    def micro_batches(self, step: int) -> list[tuple[SamplePlan, ...]]:
+        """This rank's planned micro-batches of a step."""
+        planned = self._queue.plan(step).for_rank(self._rank, self._world, self._micro_batch)
+        if len(planned) != self._accumulation:
+            raise ValueError(f"step {step} has {len(planned)} micro-batches for rank {self._rank}, not {self._accumulation}")
+        return planned
+
+
+class _PlannedMicroBatches(Sampler[tuple[SamplePlan, ...]]):
+    """The micro-batches of steps ``first`` to ``stop``, each step planned when its first one is asked for."""
+
+    def __init__(self, loader: PlannedLoader, first: int, stop: int | None) -> None:
+        self._loader, self._first, self._stop = loader, first, stop
+
+    def __iter__(self) -> Iterator[tuple[SamplePlan, ...]]:
+        for step in count(self._first) if self._stop is None else range(self._first, self._stop):
+            yield from self._loader.micro_batches(step)
+
+
+class _Messenger:
+    """Hands a UserError over as a value: a DataLoader would bury its message in a worker's traceback."""
+
+    def __init__(self, dataset: StickerDataset) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, micro_batch: tuple[SamplePlan, ...]) -> Batch | UserError:
+        try:
+            return self._dataset[micro_batch]
+        except UserError as error:
+            return error
+
+
+def _unwrap(result: Batch | UserError) -> Batch:
+    if isinstance(result, UserError):
+        raise result
+    return result
+
+
+def _start_worker(worker_id: int) -> None:
+    """Workers leave signals to the main process: it finishes its step and its checkpoint, and then ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,197 @@
+"""Samples and micro-batches: what is in them, and what they do not depend on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rdtf_ds.data.dataset import Batch, DropRates, NoUsableClip
+from rdtf_ds.data.quarantine import Problem
+from rdtf_ds.diffusion.masks import Task
+from rdtf_ds.errors import UserError
+from rdtf_ds.seeding import derive_seed
+from tests.data.folders import SIDE, dataset, numbered_clips, plan
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return numbered_clips(tmp_path_factory.mktemp("numbered"), [20, 3, 12, 5])
+
+
+def frame_numbers(batch: Batch, row: int = 0) -> list[int]:
+    real = batch.frame_mask[row]
+    return (batch.frames[row, 0, real, 0, 0] // 10).tolist()
+
+
+def same(first: Batch, second: Batch) -> bool:
+    for name in Batch.__dataclass_fields__:
+        mine, other = getattr(first, name), getattr(second, name)
+        if not (torch.equal(mine, other) if isinstance(mine, torch.Tensor) else mine == other):
+            return False
+    return True
+
+
+def test_a_micro_batch_is_padded_to_its_longest_and_says_where(root: Path) -> None:
+    plans = (plan(7, 0, "##..#", task=Task.INTERPOLATION), plan(8, 1, ".#.", text=False))
+    batch = dataset(root)[plans]
+    assert batch.frames.shape == (2, 3, 5, SIDE, SIDE) and batch.frames.dtype == torch.uint8
+    assert batch.noise.shape == (2, 4, 5, 2, 2) and batch.noise.dtype == torch.float32
+    assert batch.frame_mask.tolist() == [[True] * 5, [True, True, True, False, False]]
+    assert batch.condition_mask.tolist() == [[True, True, False, False, True], [False, True, False, False, False]]
+    assert batch.condition_mask.dtype == batch.frame_mask.dtype == torch.bool and batch.timestep.dtype == torch.int64
+    assert (batch.frames[1, :, 3:] == 0).all() and (batch.noise[1, :, 3:] == 0).all() and (batch.noise[1, :, :3] != 0).all()
+    assert (batch.frames[0, 1] == 0).all() and (batch.frames[1, 1, :3] == 20).all() and (batch.frames[:, 2] == 0).all()
+    assert frame_numbers(batch, 1) == [0, 1, 2]
+    chosen = frame_numbers(batch, 0)
+    assert len(chosen) == 5 and (np.diff(chosen) > 0).all()
+    assert batch.captions == ["one two three four", "# # # #"]
+    assert (batch.tasks, batch.levels) == ([Task.INTERPOLATION, Task.GENERATION], [2, 2])
+    assert (batch.sample_numbers, batch.clip_ids, batch.problems) == ([7, 8], [0, 1], [])
+
+
+def test_a_sample_is_the_same_alone_together_and_from_a_cold_or_tiny_cache(root: Path) -> None:
+    plans = [plan(number, number % 4, "#..") for number in range(8)]
+    drops = DropRates(0.5, 0.2, 0.2, 0.2)
+    together = dataset(root, drops=drops)[tuple(plans)]
+    for cache_bytes in (0, 2 * 20 * SIDE * SIDE * 3, 2**20):
+        data = dataset(root, drops=drops, cache_bytes=cache_bytes)
+        for row, one in enumerate(reversed(plans)):
+            alone, at = data[(one,)], len(plans) - 1 - row
+            assert torch.equal(alone.frames[0], together.frames[at]) and torch.equal(alone.noise[0], together.noise[at])
+            assert torch.equal(alone.condition_mask[0], together.condition_mask[at])
+            assert (alone.captions[0], alone.timestep[0]) == (together.captions[at], together.timestep[at])
+
+
+def test_everything_random_depends_on_the_seed_and_the_sample_number(root: Path) -> None:
+    def draws(seed: int, number: int) -> tuple[str, ...]:
+        batch = dataset(root, seed, drops=DropRates(0.5, 0, 0, 0))[(plan(number, 0, "#" + "." * 7),)]
+        return str(frame_numbers(batch)), str(batch.noise.sum().item()), str(batch.timestep.item()), batch.captions[0]
+
+    assert draws(5, 3) == draws(5, 3)
+    for position in range(4):
+        assert len({draws(seed, 3)[position] for seed in range(12)}) > 5
+        assert len({draws(5, number)[position] for number in range(12)}) > 5
+
+
+def test_noise_is_drawn_for_eight_frames_and_cut(root: Path) -> None:
+    data = dataset(root)
+    whole = data[(plan(3, 0, "#......."),)].noise
+    short = data[(plan(3, 0, "#.."),)].noise
+    assert torch.equal(short, whole[:, :, :3])
+    expected = torch.randn(4, 8, 2, 2, generator=torch.Generator().manual_seed(derive_seed(5, 3, "noise")))
+    assert torch.equal(whole[0], expected)
+
+
+def test_timesteps_cover_the_schedule_and_nothing_else(root: Path) -> None:
+    data = dataset(root, timesteps=4)
+    drawn = [int(data[(plan(number, 1),)].timestep) for number in range(60)]
+    assert set(drawn) == {0, 1, 2, 3}
+
+
+def test_without_the_dual_mask_frames_are_evenly_spaced(root: Path) -> None:
+    data = dataset(root, dual_mask=False)
+    assert frame_numbers(data[(plan(0, 0, "#......."),)]) == [0, 3, 5, 8, 11, 14, 16, 19]
+    assert frame_numbers(data[(plan(1, 3, "#...."),)]) == [0, 1, 2, 3, 4]
+
+
+def outcomes(root: Path, drops: DropRates, visible: str, text: bool, count: int = 400) -> dict[tuple[bool, bool], float]:
+    """How often (text shown, image shown)."""
+    data = dataset(root, drops=drops)
+    batch = data[tuple(plan(number, 1, visible, text) for number in range(count))]
+    shown = [(caption != "# # # #", bool(mask.any())) for caption, mask in zip(batch.captions, batch.condition_mask, strict=True)]
+    return {outcome: shown.count(outcome) / count for outcome in set(shown)}
+
+
+def test_drops_have_their_own_shares_and_exclude_each_other(root: Path) -> None:
+    rates = outcomes(root, DropRates(0, 0.1, 0.2, 0.3), "#..", text=True)
+    for outcome, share in {(False, True): 0.1, (True, False): 0.2, (False, False): 0.3, (True, True): 0.4}.items():
+        assert abs(rates[outcome] - share) < 0.075  # three standard deviations of 400 draws
+
+
+@pytest.mark.parametrize(("visible", "text", "kept"), [("...", True, (True, False)), ("#..", False, (False, True))])
+def test_a_drop_never_takes_the_only_condition(root: Path, visible: str, text: bool, kept: tuple[bool, bool]) -> None:
+    rates = outcomes(root, DropRates(0, 0.3, 0.3, 0.2), visible, text)
+    assert set(rates) == {kept, (False, False)}
+    assert abs(rates[(False, False)] - 0.2) < 0.06
+
+
+def test_drops_leave_level_and_frames_alone(root: Path) -> None:
+    all_dropped = dataset(root, drops=DropRates(0, 0, 0, 1))[(plan(0, 0, "##..."),)]
+    none_dropped = dataset(root)[(plan(0, 0, "##..."),)]
+    assert all_dropped.levels == none_dropped.levels == [3]
+    assert torch.equal(all_dropped.frames, none_dropped.frames) and torch.equal(all_dropped.noise, none_dropped.noise)
+    assert not all_dropped.condition_mask.any() and all_dropped.captions == ["# # # #"]
+    assert all_dropped.frame_mask.all()
+
+
+@pytest.mark.parametrize("rates", [(0, 0.5, 0.4, 0.2), (1.5, 0, 0, 0), (0, -0.1, 0, 0)])
+def test_impossible_drop_rates(rates: tuple[float, float, float, float]) -> None:
+    with pytest.raises(ValueError, match="drop rates"):
+        DropRates(*rates)
+
+
+def test_a_clip_that_breaks_is_replaced_by_the_same_clip_everywhere(tmp_path: Path) -> None:
+    numbered_clips(tmp_path, [6, 3, 6, 6, 6, 6])
+    plans = tuple(plan(number, 0, "#....") for number in range(10))
+    first, second = dataset(tmp_path), dataset(tmp_path)
+    (tmp_path / "0.png").unlink()
+    together = first[plans]
+    assert 0 not in together.clip_ids and 1 not in together.clip_ids  # clip 1 is too short for the mask
+    assert len(set(together.clip_ids)) > 2
+    assert [clip_id * 20 for clip_id in together.clip_ids] == together.frames[:, 1, 0, 0, 0].tolist()
+    assert [problem for problem in together.problems if problem.path != "0.png"] == []
+    # stand-ins may draw the broken clip again: each failure is told
+    assert {problem.sample_number for problem in together.problems} == set(range(10)) and len(together.problems) >= 10
+    assert together.problems[0] == Problem("0.png", "cannot be read: No such file or directory", 0)
+    assert all(same(second[(one,)], alone) for one, alone in zip(plans, [first[(one,)] for one in plans], strict=True))
+    unbroken = dataset(numbered_clips(tmp_path / "whole", [6, 3, 6, 6, 6, 6]))[plans]
+    assert torch.equal(unbroken.noise, together.noise) and torch.equal(unbroken.timestep, together.timestep)
+
+
+def test_a_file_that_changed_since_it_was_indexed_is_a_problem(tmp_path: Path) -> None:
+    numbered_clips(tmp_path, [8, 8])
+    data = dataset(tmp_path)
+    numbered_clips(tmp_path, [5])
+    batch = data[(plan(0, 0),)]
+    assert batch.clip_ids == [1]
+    assert "8 when it was indexed" in batch.problems[0].reason
+
+
+def test_with_no_long_enough_stand_in_a_short_one_repeats_frames(tmp_path: Path) -> None:
+    numbered_clips(tmp_path, [8, 3])
+    data = dataset(tmp_path)
+    (tmp_path / "0.png").unlink()
+    data.index = replace(data.index, rows=(replace(data.index.rows[0], num_frames=3), data.index.rows[1]))  # none has 8 any more
+    batch = data[(plan(0, 0, "##......"),)]
+    assert batch.clip_ids == [1] and frame_numbers(batch) == [0, 0, 0, 1, 1, 1, 2, 2]
+
+
+def test_when_nothing_can_be_read_it_stops_and_says_so(tmp_path: Path) -> None:
+    numbered_clips(tmp_path, [4, 4])
+    data = dataset(tmp_path)
+    for path in tmp_path.glob("*.png"):
+        path.unlink()
+    with pytest.raises(NoUsableClip, match=r"33 clips in a row.*No such file") as caught:
+        data[(plan(0, 0),)]
+    assert isinstance(caught.value, UserError) and str(tmp_path) in str(caught.value)
+
+
+def test_the_cache_decodes_a_clip_once_while_it_fits(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import rdtf_ds.data.dataset as module
+
+    decoded: list[str] = []
+    decode = module.decode_clip
+    monkeypatch.setattr(module, "decode_clip", lambda path, *rest: (decoded.append(path.name), decode(path, *rest))[1])
+    data = dataset(root, cache_bytes=(20 + 3) * SIDE * SIDE * 3)  # clips 0 and 1
+    for clip_id in (0, 1, 0, 1, 3, 1, 0):
+        data[(plan(clip_id, clip_id),)]
+    assert decoded == ["0.png", "1.png", "3.png", "0.png"]  # 3 throws 0 out, the longest unused
+
+
+def test_to_moves_all_tensors(root: Path) -> None:
+    moved = dataset(root)[(plan(0, 0),)].to("meta")
+    assert {value.device.type for value in (moved.frames, moved.condition_mask, moved.frame_mask, moved.timestep, moved.noise)} == {"meta"}
