@@ -1,0 +1,49 @@
+"""tools/export_fp16.py as people type it."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from tests.small_models import load_tool, small_dfgn, write_run
+
+
+@pytest.fixture
+def export(project_root, monkeypatch, capsys):
+    """Calls the tool; returns exit code, standard output, standard error."""
+    tool = load_tool(project_root, "export_fp16")
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["export_fp16.py", *map(str, arguments)])
+        capsys.readouterr()
+        code = tool.main()
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_json_is_all_that_stands_on_standard_output(export, tmp_path):
+    write_run(tmp_path / "run", small_dfgn(text_width=64), world_size=1)
+    code, out, err = export(tmp_path / "run", tmp_path / "out", "--weights", "master", "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["step"] == 5 and report["weights"] == "master" and report["folder"] == str(tmp_path / "out")
+    assert (tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors").is_file()
+    code, out, _ = export(tmp_path / "run", tmp_path / "mean")
+    assert code == 0 and "step 5 (ema)" in out and "tools/generate.py --model" in out
+
+
+def test_bad_input_is_one_paragraph_and_exit_code_2(export, tmp_path):
+    code, out, err = export(tmp_path / "absent", tmp_path / "out", "--encoders", "clip=somewhere")
+    assert code == 2 and out == "" and "is no folder" in err and err.count("\n") == 1
+    code, out, err = export(tmp_path, tmp_path / "out", "--encoders", "vae=somewhere")
+    assert code == 2 and out == "" and "autoencoder, clip, t5" in err
+
+
+def test_encoder_sources_reach_the_export(export, tmp_path):
+    write_run(tmp_path / "run", small_dfgn(text_width=64), world_size=1)
+    code, _, err = export(tmp_path / "run", tmp_path / "out", "--encoders", "autoencoder=haar:2", f"t5={tmp_path / 'absent'}")
+    assert code == 2 and str(tmp_path / "absent") in err
