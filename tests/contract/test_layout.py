@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from rdtf_ds.experiment import json_schema
+from tests.small_models import load_tool
 
 LOCKS = ("cpu", "v100")
 KEPT_KEYS = ("checkpoint.interval", "data.max_bad_fraction", "curriculum.mode")
@@ -70,6 +71,13 @@ def test_this_environment_is_the_cpu_lock(project_root: Path) -> None:
 
 def test_schema_is_current(project_root: Path) -> None:
     assert json.loads((project_root / "ds_configs" / "rdtf.schema.json").read_text()) == json_schema(), "run: make schema"
+
+
+def test_configuration_reference_is_current(project_root: Path) -> None:
+    text = load_tool(project_root, "write_schema").reference()
+    assert (project_root / "docs" / "configuration.md").read_text(encoding="utf-8") == text, "run: make schema"
+    for key in ("max_bad_fraction", "interval", "mode"):
+        assert f"| `{key}` |" in text
 
 
 def test_schema_describes_both_halves() -> None:

@@ -1,0 +1,331 @@
+"""Every part of a run, put together from an experiment: the one place that reads its keys and hands out their values."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rdtf_ds.config import RDTFSection
+from rdtf_ds.curriculum.curriculum import Curriculum
+from rdtf_ds.curriculum.loss_signal import TimestepNormaliser
+from rdtf_ds.curriculum.pid import PIDController, PIDGains
+from rdtf_ds.curriculum.static import StaticSchedule
+from rdtf_ds.data.dataset import DropRates, LatentShape, StickerDataset
+from rdtf_ds.data.decoding import ClipError, DecodeLimits, decode_clip
+from rdtf_ds.data.index import ClipIndex, build_index
+from rdtf_ds.data.loader import PlannedLoader
+from rdtf_ds.data.quarantine import Problem, Quarantine
+from rdtf_ds.data.step_plan import PlanQueue, StepPlanner
+from rdtf_ds.data.synthetic import write_stickers
+from rdtf_ds.data.writing import write_atomically
+from rdtf_ds.diffusion.loss import alphas_cumprod
+from rdtf_ds.diffusion.masks import Task
+from rdtf_ds.errors import UserError
+from rdtf_ds.experiment import Experiment
+from rdtf_ds.models.autoencoder import FrameAutoencoder, load_autoencoder
+from rdtf_ds.models.dfgn import DFGN
+from rdtf_ds.models.text_conditioning import TextEncoders
+from rdtf_ds.pipeline import RDTFPipeline, ddim_scheduler
+from rdtf_ds.seeding import derive_seed
+from rdtf_ds.training.checkpoint import Identity
+from rdtf_ds.training.ema import ShardedEMA
+from rdtf_ds.training.engine import TrainingEngine, any_rank, gather_objects, on_rank_zero
+from rdtf_ds.training.objective import Objective
+from rdtf_ds.training.optimizer import ParameterGroup, split_parameters
+from rdtf_ds.training.validation import Request, make_requests
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PIXEL_GUIDANCE_CHANNELS = 4
+STICKERS = "stickers"
+
+
+@dataclass
+class Run:
+    """A run ready to step. Everything but weights, EMA, plans and quarantine stays as it was built."""
+
+    experiment: Experiment
+    folder: Path
+    engine: TrainingEngine
+    ema: ShardedEMA | None
+    objective: Objective
+    index: ClipIndex
+    curriculum: Curriculum
+    queue: PlanQueue
+    loader: PlannedLoader
+    quarantine: Quarantine
+
+    @property
+    def identity(self) -> Identity:
+        """What a checkpoint must share with this run."""
+        rdtf, model = self.experiment.rdtf, model_config(self.engine.model)
+        return Identity(
+            must_match={
+                "world_size": self.engine.world_size,
+                "train_batch_size": self.experiment.global_batch,
+                "precision": self.experiment.precision,
+                "rdtf": {
+                    "seed": rdtf.seed,
+                    "model": {key: value for key, value in model.items() if key != "attention_backend"},
+                    "optimizer": {"bits": rdtf.optimizer.bits, "group_size": rdtf.optimizer.group_size},
+                    "ema": {"enabled": rdtf.ema.enabled},
+                },
+            },
+            may_differ={"data fingerprint": self.index.fingerprint},
+        )
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What else the manifest says."""
+        return {
+            "precision": self.experiment.precision,
+            "config_sha256": config_hash(self.experiment),
+            "model": model_config(self.engine.model),
+        }
+
+    def merge_problems(self, problems: list[Problem]) -> None:
+        """Quarantine what any rank could not decode, on all ranks alike, so that all stop together past the limit."""
+        if any_rank(bool(problems)):
+            everyones = [problem for part in gather_objects(problems) for problem in part]
+            self.quarantine.merge(sorted(everyones, key=lambda problem: (problem.sample_number or 0, problem.path)))
+
+
+def model_config(model: Any) -> dict[str, Any]:
+    """DFGN's arguments, JSON-able."""
+    config: dict[str, Any] = json.loads(json.dumps({key: value for key, value in model.config.items() if not key.startswith("_")}))
+    return config
+
+
+def config_hash(experiment: Experiment) -> str:
+    """SHA-256 of the resolved experiment, without where it writes."""
+    resolved = experiment.resolved()
+    resolved["rdtf"] = {key: value for key, value in resolved["rdtf"].items() if key != "output_dir"}
+    return hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()
+
+
+def build_run(experiment: Experiment, rank: int, world_size: int, device: torch.device) -> Run:
+    """Folder, data, encoders, network, optimizer and curriculum of a run; called by all ranks.
+
+    Raises:
+        UserError: Whatever the experiment names is missing, unusable or unwritable; on all ranks alike.
+    """
+    rdtf = experiment.rdtf
+    folder = Path(rdtf.output_dir)
+    on_rank_zero(lambda: prepare_folder(folder))
+    index = on_rank_zero(lambda: make_index(rdtf, folder))
+    quarantine = Quarantine(folder / "quarantine.jsonl", rdtf.data.max_bad_fraction, len(index.rows), write=rank == 0)
+    quarantine.merge(index.problems)
+
+    compute = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[experiment.precision]
+    autoencoder, text_encoders = load_encoders(rdtf, compute if device.type == "cuda" else torch.float32, device)
+    torch.manual_seed(derive_seed(rdtf.seed, "model"))
+    model = build_model(rdtf, autoencoder.channels, text_encoders.clip_dim, text_encoders.t5_dim)
+    settings = rdtf.optimizer
+    engine = TrainingEngine(
+        model,
+        split_model(model, rdtf),
+        experiment.deepspeed_config(world_size),
+        learning_rate=settings.learning_rate,
+        warmup_steps=settings.warmup_steps,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+    )
+    shards = {group.name: master for group, master in zip(engine.groups, engine.masters, strict=True)}
+    ema = ShardedEMA(shards, rdtf.ema.decay) if rdtf.ema.enabled else None
+
+    curriculum = build_curriculum(rdtf)
+    planner = build_planner(experiment, curriculum, index.trainable, index.frame_counts)
+    queue = PlanQueue(planner, rdtf.curriculum.delay)
+    dataset = build_dataset(rdtf, index, LatentShape(autoencoder.channels, rdtf.data.image_size // autoencoder.factor))
+    loader = PlannedLoader(
+        dataset,
+        queue,
+        rank,
+        world_size,
+        experiment.micro_batch,
+        experiment.accumulation(world_size),
+        rdtf.data.workers,
+        pin_memory=device.type == "cuda",
+    )
+    diffusion = rdtf.diffusion
+    objective = Objective(
+        autoencoder=autoencoder,
+        text_encoders=text_encoders,
+        alphas_cumprod=alphas_cumprod(diffusion.schedule, diffusion.beta_start, diffusion.beta_end, diffusion.steps).to(device),
+        guidance=rdtf.model.guidance,
+        min_snr_gamma=diffusion.min_snr_gamma,
+        device=device,
+        dtype=engine.dtype,
+    )
+    return Run(experiment, folder, engine, ema, objective, index, curriculum, queue, loader, quarantine)
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make the run folder and see that it can be written, before hours of training end at the first checkpoint."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / ".writable", b"")
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise UserError(
+            f"The output folder '{folder}' cannot be written ({error.strerror}). Give a folder you may write to with --output_dir "
+            f"(rdtf.output_dir)."
+        ) from error
+
+
+def write_config(folder: Path, experiment: Experiment) -> None:
+    """``config.json``, the resolved experiment; only once a resume was accepted, so that a refused one leaves the run's own."""
+    write_atomically(folder / "config.json", (json.dumps(experiment.resolved(), indent=2) + "\n").encode())
+
+
+def make_index(rdtf: RDTFSection, folder: Path) -> ClipIndex:
+    """Index of the data folder, or of stickers made on the spot when none is given."""
+    root = rdtf.data.data_dir
+    if root is None:
+        stickers = folder / STICKERS
+        if not (stickers / "metadata.jsonl").is_file():  # written last
+            shutil.rmtree(stickers, ignore_errors=True)
+            write_stickers(stickers, rdtf.data.synthetic_clips, rdtf.seed, rdtf.data.image_size)
+        root = str(stickers)
+    return build_index(root, decode_limits(rdtf), cache=folder / "index.parquet")
+
+
+def decode_limits(rdtf: RDTFSection) -> DecodeLimits:
+    data = rdtf.data
+    return DecodeLimits(
+        max_pixels=data.max_pixels,
+        max_frames=data.max_frames,
+        max_source_frames=data.max_source_frames,
+        max_bytes=data.max_bytes,
+        timeout_s=data.decode_timeout_s,
+    )
+
+
+def load_encoders(rdtf: RDTFSection, dtype: torch.dtype, device: torch.device) -> tuple[FrameAutoencoder, TextEncoders]:
+    """The frozen encoders on their device."""
+    sources = rdtf.encoders
+    autoencoder = load_autoencoder(sources.autoencoder, dtype, rdtf.memory.autoencoder_slice).to(device)
+    text = TextEncoders.from_pretrained(sources.clip, sources.t5, sources.text_length, dtype, DTYPES[sources.t5_dtype], device)
+    return autoencoder, text
+
+
+def build_model(rdtf: RDTFSection, latent_channels: int, clip_dim: int, t5_dim: int) -> DFGN:
+    """DFGN for these latents and text features; weights from torch's global generator."""
+    shape = rdtf.model
+    guidance = PIXEL_GUIDANCE_CHANNELS if shape.guidance == "pixel" else latent_channels
+    channels = {"in_channels": latent_channels + guidance, "out_channels": latent_channels}
+    model: DFGN = DFGN(**channels, clip_dim=clip_dim, t5_dim=t5_dim, **shape.model_dump())
+    model.set_activation_checkpointing(rdtf.memory.activation_checkpointing)
+    if rdtf.memory.channels_last:
+        # ZeRO lays parameters out flat, in the plain order, so it is the activations that carry the layout from the first layer on.
+        model.conv_in.register_forward_pre_hook(_to_channels_last)
+    return model
+
+
+def _to_channels_last(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    return (inputs[0].contiguous(memory_format=torch.channels_last),)
+
+
+def split_model(model: DFGN, rdtf: RDTFSection) -> list[ParameterGroup]:
+    """The optimizer's groups of this model."""
+    return split_parameters(
+        model.named_parameters(), rdtf.optimizer.group_size, zero_initialised=model.zero_initialised_parameters(), bits=rdtf.optimizer.bits
+    )
+
+
+def build_curriculum(rdtf: RDTFSection) -> Curriculum:
+    """Static schedule, PID and their balance."""
+    keys = rdtf.curriculum
+    schedule = StaticSchedule(
+        {Task(name): p for name, p in keys.static_start.items()},
+        {Task(name): p for name, p in keys.static_end.items()},
+        keys.static_steps or rdtf.max_steps,
+    )
+    pid = PIDController(
+        PIDGains(keys.k_p, keys.k_i, keys.k_d),
+        error=keys.error,
+        fast_horizon=keys.fast_horizon,
+        slow_horizon=keys.slow_horizon,
+        integral_limit=keys.integral_limit,
+    )
+    normaliser = TimestepNormaliser(keys.timestep_buckets, rdtf.diffusion.steps, keys.slow_horizon) if keys.timestep_normalised else None
+    return Curriculum(
+        keys.mode,
+        schedule,
+        pid,
+        sigma=keys.sigma,
+        k_range=(rdtf.data.k_min, rdtf.data.frames),
+        text_only_share=keys.text_only_share,
+        no_text_share=keys.no_text_share,
+        normaliser=normaliser,
+    )
+
+
+def build_planner(experiment: Experiment, curriculum: Curriculum, clip_ids: np.ndarray, frame_counts: np.ndarray) -> StepPlanner:
+    """Plans of every step over these clips."""
+    data = experiment.rdtf.data
+    return StepPlanner(
+        experiment.rdtf.seed, experiment.global_batch, clip_ids, frame_counts, curriculum, frames=data.frames, dual_mask=data.dual_mask
+    )
+
+
+def build_dataset(rdtf: RDTFSection, index: ClipIndex, latent: LatentShape) -> StickerDataset:
+    """Makes the planned micro-batches."""
+    data = rdtf.data
+    drops = DropRates(data.word_hide_probability, data.no_text_probability, data.no_image_probability, data.neither_probability)
+    return StickerDataset(
+        index,
+        rdtf.seed,
+        latent,
+        data.image_size,
+        background=data.background,
+        limits=decode_limits(rdtf),
+        drops=drops,
+        timesteps=rdtf.diffusion.steps,
+        frames=data.frames,
+        dual_mask=data.dual_mask,
+    )
+
+
+def build_pipeline(run: Run) -> RDTFPipeline:
+    """The generation pipeline around the live network, for validation."""
+    rdtf, objective = run.experiment.rdtf, run.objective
+    diffusion, sampling, text = rdtf.diffusion, rdtf.sampling, objective.text_encoders
+    return RDTFPipeline(
+        unet=run.engine.model,
+        vae=objective.autoencoder.vae,
+        text_encoder=text.clip,
+        tokenizer=text.clip_tokenizer,
+        text_encoder_2=text.t5,
+        tokenizer_2=text.t5_tokenizer,
+        scheduler=ddim_scheduler(diffusion.schedule, diffusion.steps, diffusion.beta_start, diffusion.beta_end),
+        image_size=rdtf.data.image_size,
+        max_frames=rdtf.data.frames,
+        text_length=rdtf.encoders.text_length,
+        background=rdtf.data.background,
+        steps=rdtf.validation.steps,
+        eta=sampling.eta,
+        text_scale=sampling.text_scale,
+        image_scale=sampling.image_scale,
+    )
+
+
+def validation_requests(run: Run) -> list[Request]:
+    """The same clips to make at every validation of a run."""
+    rdtf, index = run.experiment.rdtf, run.index
+
+    def decode(clip_id: int) -> np.ndarray | None:
+        try:
+            return decode_clip(index.root / index.rows[clip_id].path, rdtf.data.image_size, rdtf.data.background, decode_limits(rdtf))
+        except ClipError:
+            return None  # training will meet it and quarantine it
+
+    clip_ids = index.trainable.tolist()
+    return make_requests(rdtf.seed, rdtf.validation.clips, clip_ids, lambda clip: index.rows[clip].caption, decode, rdtf.data.frames)

@@ -1,0 +1,77 @@
+"""Exponential mean of the fp32 masters, sharded as they are: each rank averages its own part of every group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class HoldsWeights(Protocol):
+    """What `ShardedEMA.applied_to` needs of the engine."""
+
+    @property
+    def masters(self) -> list[Tensor]: ...
+
+    def show(self, shards: Sequence[Tensor]) -> None: ...
+
+
+class ShardedEMA:
+    """Mean of the weights over applied steps: ē ← d·ē + (1 − d)·w with d = min(decay, (1 + n) / (10 + n)) at the n-th update.
+
+    The ramp lets the mean forget the random start within tens of steps, long before ``decay`` alone would.
+
+    Args:
+        masters: This rank's fp32 shards, by group name, live; kept by reference.
+        decay: In (0, 1); 0.9999 forgets over about ten thousand steps.
+    """
+
+    def __init__(self, masters: Mapping[str, Tensor], decay: float) -> None:
+        if not 0.0 < decay < 1.0:
+            raise ValueError(f"decay must lie between 0 and 1, got {decay}")
+        self._masters = dict(masters)
+        self.decay = decay
+        self.updates = 0
+        self.shards = {name: master.detach().clone() for name, master in self._masters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the masters as they are now; call after applied steps only."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        for name, shard in self.shards.items():
+            shard.lerp_(self._masters[name], 1.0 - decay)
+        self.updates += 1
+
+    @contextmanager
+    def applied_to(self, engine: HoldsWeights) -> Iterator[None]:
+        """The mean in the live model of all ranks, for the time of the context; all ranks enter and leave together.
+
+        Compute weights are always the cast of the masters, so showing the masters again restores them bit for bit.
+        """
+        engine.show(list(self.shards.values()))
+        try:
+            yield
+        finally:
+            engine.show(engine.masters)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Flat tensors only, as safetensors wants them; ``updates`` is a scalar beside the groups."""
+        return {**self.shards, "updates": torch.tensor(self.updates, dtype=torch.int64)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take the place of the mean that `state_dict` described.
+
+        Raises:
+            ValueError: Other groups, or shards of another length.
+        """
+        expected = {name: tuple(shard.shape) for name, shard in self.shards.items()} | {"updates": ()}
+        found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        if found != expected:
+            raise ValueError(f"EMA shards do not fit this model: expected {expected}, found {found}")
+        for name, shard in self.shards.items():
+            shard.copy_(state[name])
+        self.updates = int(state["updates"])

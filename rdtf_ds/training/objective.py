@@ -1,0 +1,97 @@
+"""What is learned: Eq. 1 under the loss mask, from pixels and captions to one loss per sample.
+
+Legend: B samples, C latent channels, F frames, H W pixels, h w latent size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from rdtf_ds.diffusion.guidance import latent_guidance, pixel_guidance
+from rdtf_ds.diffusion.loss import add_noise, masked_mse, min_snr_weight
+from rdtf_ds.models.autoencoder import FrameAutoencoder
+from rdtf_ds.models.text_conditioning import TextEncoders, TextFeatures
+
+Network = Callable[[Tensor, Tensor, TextFeatures, Tensor | None], Tensor]
+"""(sample, timestep, text, frame_mask) -> predicted noise, as `DFGN.forward`."""
+
+
+class Clips(Protocol):
+    """The part of a `Batch` the objective reads: see `rdtf_ds.data.dataset`."""
+
+    @property
+    def frames(self) -> Tensor: ...
+    @property
+    def condition_mask(self) -> Tensor: ...
+    @property
+    def frame_mask(self) -> Tensor: ...
+    @property
+    def captions(self) -> Sequence[str]: ...
+    @property
+    def timestep(self) -> Tensor: ...
+    @property
+    def noise(self) -> Tensor: ...
+
+
+class Encoded(NamedTuple):
+    """What the network is shown of a micro-batch, and what it must answer: all on the device, without graph."""
+
+    sample: Tensor  # (B, C + guidance, F, h, w), noisy latents first
+    timestep: Tensor  # (B,)
+    text: TextFeatures
+    frame_mask: Tensor  # (B, F) bool
+    padded: bool  # whether any frame is
+    noise: Tensor  # (B, C, F, h, w) fp32
+    weight: Tensor | None  # (B,)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """ε-prediction of the frames under the loss mask, given the visible frames and the caption.
+
+    Attributes:
+        autoencoder, text_encoders: Frozen, on the device of training.
+        alphas_cumprod: (steps,) of the noise schedule.
+        guidance: ``latent`` or ``pixel``: what the network sees of visible frames.
+        min_snr_gamma: γ of the min-SNR weights; None: unweighted.
+        device, dtype: Where and in what precision the network computes; latents, noise and loss are fp32.
+    """
+
+    autoencoder: FrameAutoencoder
+    text_encoders: TextEncoders
+    alphas_cumprod: Tensor
+    guidance: str
+    min_snr_gamma: float | None
+    device: torch.device
+    dtype: torch.dtype
+
+    @torch.no_grad()
+    def encode(self, batch: Clips) -> Encoded:
+        """Pixels and captions through the frozen encoders, noise added."""
+        timestep, noise = batch.timestep.to(self.device), batch.noise.to(self.device)
+        frames = batch.frames.to(self.device, torch.float32) / 127.5 - 1.0
+        latents = self.autoencoder.encode(frames)
+        noisy = add_noise(latents, noise, timestep, self.alphas_cumprod)
+        visible = self._visible(frames, latents, batch.condition_mask.to(self.device))
+        text = self.text_encoders.encode(batch.captions).to(device=self.device, dtype=self.dtype)
+        weight = None if self.min_snr_gamma is None else min_snr_weight(self.alphas_cumprod, timestep, self.min_snr_gamma)
+        sample = torch.cat([noisy, visible], dim=1).to(self.dtype)
+        padded = not bool(batch.frame_mask.all())
+        return Encoded(sample, timestep, text, batch.frame_mask.to(self.device), padded, noise, weight)
+
+    def losses(self, network: Network, encoded: Encoded) -> Tensor:
+        """Loss of each sample, (B,) fp32, with graph into the network."""
+        # Nothing padded: the network skips the masking, with the same result.
+        frame_mask = encoded.frame_mask if encoded.padded else None
+        predicted = network(encoded.sample, encoded.timestep, encoded.text, frame_mask)
+        return masked_mse(predicted, encoded.noise, encoded.frame_mask, encoded.weight)
+
+    def _visible(self, frames: Tensor, latents: Tensor, condition_mask: Tensor) -> Tensor:
+        if self.guidance == "pixel":
+            return pixel_guidance(frames, condition_mask, (latents.shape[-2], latents.shape[-1]))
+        return latent_guidance(latents, condition_mask)

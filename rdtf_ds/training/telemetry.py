@@ -1,0 +1,238 @@
+"""What a run says while it trains: ``metrics.jsonl``, TensorBoard, a progress bar. Rank 0 writes, the others stay silent.
+
+After a resume every step stands in both once: ``metrics.jsonl`` is cut at the step the run goes on from, and TensorBoard is told to
+forget what came later (``purge_step``). Both are flushed before a checkpoint is committed, so nothing older than it is ever missing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from rdtf_ds.curriculum.curriculum import CurriculumSnapshot
+from rdtf_ds.data.step_plan import StepPlan
+from rdtf_ds.diffusion.masks import level
+from rdtf_ds.training.engine import StepOutcome
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One attempted step, as it is logged.
+
+    Attributes:
+        plan: Its samples, in global batch order, as `StepOutcome.sample_losses`.
+        snapshot: The curriculum as it stood before the step; the plan itself was drawn from it a few steps earlier.
+        times: Seconds of this rank by phase: data, encode, forward, backward, step.
+    """
+
+    plan: StepPlan
+    outcome: StepOutcome
+    snapshot: CurriculumSnapshot
+    times: Mapping[str, float]
+
+    def metrics(self) -> dict[str, Any]:
+        """The line of ``metrics.jsonl``; floats keep every digit."""
+        samples, snapshot, outcome = self.plan.samples, self.snapshot, self.outcome
+        seconds = sum(self.times.values())
+        return {
+            "step": self.plan.step,
+            "loss": _finite(outcome.loss),
+            "k": self.plan.k,
+            "tasks": [sample.task.value for sample in samples],
+            "sample_ids": [sample.clip_id for sample in samples],
+            "levels": [level(sample.mask) for sample in samples],
+            "sample_losses": [_finite(loss) for loss in outcome.sample_losses],
+            "timesteps": list(outcome.timesteps),
+            "static_probability": {task.value: p for task, p in snapshot.static_probability.items()},
+            "probability": {task.value: p for task, p in snapshot.task_probability.items()},
+            "frame_probability": {str(k): p for k, p in snapshot.frame_probability.items()},
+            "pid": snapshot.pid._asdict(),
+            "static_level": snapshot.static_level,
+            "target_level": snapshot.target_level,
+            "grad_norm": _finite(outcome.grad_norm),
+            "learning_rate": outcome.learning_rate,
+            "loss_scale": outcome.loss_scale,
+            "skipped": not outcome.applied,
+            "times": dict(self.times),
+            "samples_per_second": len(samples) / seconds if seconds > 0 else None,
+            "memory": memory_bytes(),
+        }
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity: an overflow, which only a skipped step can have, is null."""
+    return value if math.isfinite(value) else None
+
+
+def scalars(metrics: Mapping[str, Any], skipped_steps: int) -> dict[str, float]:
+    """TensorBoard tags and values of a line of ``metrics.jsonl``."""
+    values: dict[str, Any] = {"loss/mean": metrics["loss"], "curriculum/k": metrics["k"], "optimizer/skipped_steps": skipped_steps}
+    for tag, keys in (("loss/task", "tasks"), ("loss/level", "levels")):
+        parts = defaultdict(list)
+        for key, loss in zip(metrics[keys], metrics["sample_losses"], strict=True):
+            if loss is not None:
+                parts[key].append(loss)
+        values |= {f"{tag}_{key}": sum(losses) / len(losses) for key, losses in parts.items()}
+    values |= {f"curriculum/static_{task}": p for task, p in metrics["static_probability"].items()}
+    values |= {f"curriculum/probability_{task}": p for task, p in metrics["probability"].items()}
+    values |= {f"curriculum/pid_{term}": value for term, value in metrics["pid"].items()}
+    values |= {f"curriculum/{key}": metrics[key] for key in ("static_level", "target_level")}
+    values |= {f"optimizer/{key}": metrics[key] for key in ("grad_norm", "learning_rate", "loss_scale")}
+    values |= {f"seconds/{phase}": value for phase, value in metrics["times"].items()}
+    values |= {f"memory_gb/{kind}": value / 2**30 for kind, value in metrics["memory"].items()}
+    values["speed/samples_per_second"] = metrics["samples_per_second"]
+    return {tag: float(value) for tag, value in values.items() if value is not None}
+
+
+def memory_bytes() -> dict[str, int]:
+    """Peak memory so far: ``rss`` of this process, ``cuda`` allocated on its GPU if it has one."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    memory = {"rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if torch.cuda.is_available():
+        memory["cuda"] = torch.cuda.max_memory_allocated()
+    return memory
+
+
+class Stopwatch:
+    """Seconds by phase, each from one `lap` to the next; waits for the GPU, or a phase would end before its work."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """Count the time since the last lap as ``phase``."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self._seconds[phase] += now - self._last
+        self._last = now
+
+    def read(self) -> dict[str, float]:
+        return dict(self._seconds)
+
+
+class RunLog:
+    """The log of one run, a context; on ranks other than 0 every call does nothing.
+
+    Args:
+        folder: The run's.
+        rank: Of this process.
+        first_step: The step this process starts with: what was logged from there on is dropped.
+        max_steps: Of the run, for the progress bar.
+        config: Resolved experiment, shown as text.
+    """
+
+    def __init__(self, folder: Path, rank: int, first_step: int, max_steps: int, config: Mapping[str, Any]) -> None:
+        self._quiet = rank != 0
+        self._skipped_steps = 0
+        if self._quiet:
+            return
+        kept = truncate_metrics(folder / METRICS, first_step)
+        self._skipped_steps = sum(bool(line.get("skipped")) for line in kept)
+        self._metrics = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115  open for the whole run
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+        if not first_step:
+            self._board.add_text("config", f"```json\n{json.dumps(config, indent=2)}\n```", 0)
+            self._board.flush()
+        self._bar = tqdm(total=max_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=None, file=sys.stderr)
+        self._first_step, self._max_steps, self._started = first_step, max_steps, time.monotonic()
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.close()
+
+    def step(self, record: StepRecord) -> None:
+        """Log one attempted step."""
+        if self._quiet:
+            return
+        metrics = record.metrics()
+        self._skipped_steps += metrics["skipped"]
+        self._metrics.write(json.dumps(metrics) + "\n")
+        self._metrics.flush()
+        for tag, value in scalars(metrics, self._skipped_steps).items():
+            self._board.add_scalar(tag, value, metrics["step"])
+        self._show(metrics["step"] + 1, f"loss {record.outcome.loss:.4f}, level {metrics['target_level']:.2f}, k {metrics['k']}")
+
+    def _show(self, done: int, text: str) -> None:
+        """The bar on a terminal; elsewhere, such as in a log file, a line every twentieth of the run."""
+        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update()
+        if self._bar.disable and (done % max(1, self._max_steps // 20) == 0 or done == self._max_steps):
+            left = (time.monotonic() - self._started) / (done - self._first_step) * (self._max_steps - done)
+            self.say(f"step {done}/{self._max_steps}: {text}, {tqdm.format_interval(left)} left")
+
+    def gif(self, tag: str, path: Path, step: int, frames_shape: tuple[int, int]) -> None:
+        """Show a GIF file in TensorBoard, moving.
+
+        Args:
+            frames_shape: (height, width) of the picture.
+        """
+        if self._quiet:
+            return
+        height, width = frames_shape
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=path.read_bytes())
+        # SummaryWriter.add_video needs moviepy and re-encodes; the file format itself just holds the bytes.
+        writer = self._board._get_file_writer()  # type: ignore[no-untyped-call]
+        writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+
+    def say(self, text: str) -> None:
+        """A line for the person watching, above the progress bar."""
+        if not self._quiet:
+            tqdm.write(text, file=sys.stderr)
+
+    def flush(self) -> None:
+        """Put everything logged so far on disk."""
+        if self._quiet:
+            return
+        self._metrics.flush()
+        os.fsync(self._metrics.fileno())
+        self._board.flush()
+
+    def close(self) -> None:
+        if self._quiet:
+            return
+        self.flush()
+        self._metrics.close()
+        self._board.close()
+        self._bar.close()
+
+
+def truncate_metrics(path: Path, first_step: int) -> list[dict[str, Any]]:
+    """Cut ``metrics.jsonl`` to the whole lines of steps before ``first_step``, atomically; returns them.
+
+    A line that a kill cut short, and all after it, go too: they belong to steps that will be run again.
+    """
+    if not path.exists():
+        return []
+    kept, lines = [], []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            metrics = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if metrics["step"] < first_step:
+            kept.append(metrics)
+            lines.append(line + "\n")
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(lines), encoding="utf-8")
+    partial.replace(path)
+    return kept

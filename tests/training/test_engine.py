@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import os
+import pickle
+
+import pytest
+import torch
+
+from rdtf_ds.training.engine import LossScaleExhausted, NonFiniteLoss
+
+
+def optimizer_of(engine):
+    return engine._ds.optimizer.optimizer
+
+
+def test_moments_have_the_width_of_their_group(make_engine, train):
+    engine = make_engine("fp16")
+    train(engine, range(1))
+    widths = [optimizer_of(engine).state[master]["state1"].dtype for master in engine.masters]
+    assert widths == [torch.uint8 if group.bits == 8 else torch.float32 for group in engine.groups]
+    assert set(widths) == {torch.uint8, torch.float32}
+
+
+def test_bits_32_makes_every_moment_fp32(make_engine, train):
+    engine = make_engine(bits=32)
+    train(engine, range(1))
+    assert {state["state1"].dtype for state in optimizer_of(engine).state.values()} == {torch.float32}
+
+
+def test_first_step_is_adamws(make_engine, train):
+    """At the first step Adam's update is the sign of the gradient: each weight moves by the learning rate, decay apart."""
+    engine = make_engine(bits=32, weight_decay=0.0, eps=1e-12, warmup_steps=4)
+    before = [master.detach().clone() for master in engine.masters]
+    (outcome,) = train(engine, range(1))
+    assert outcome.learning_rate == pytest.approx(1e-2 / 4)
+    moved = torch.cat([(a - b).abs() for a, b in zip(engine.masters, before, strict=True)])
+    assert moved[moved > 0].numel() > 1000
+    torch.testing.assert_close(moved[moved > 0], torch.full_like(moved[moved > 0], 1e-2 / 4), rtol=1e-3, atol=0)
+
+
+def test_learning_rate_counts_applied_steps_only(make_engine, train):
+    engine = make_engine("fp16")
+    rates, applied = [], []
+    for step in range(6):
+        (outcome,) = train(engine, range(step, step + 1), scale=float("inf") if step in (1, 2) else 1.0)
+        rates.append(outcome.learning_rate)
+        applied.append(outcome.applied)
+    assert applied == [True, False, False, True, True, True]
+    assert rates == pytest.approx([0.0025, 0.005, 0.005, 0.005, 0.0075, 0.01])
+    assert (engine.attempted_steps, engine.applied_steps) == (6, 4)
+
+
+def test_overflow_leaves_the_weights_and_lowers_the_scale(make_engine, train):
+    engine = make_engine("fp16")
+    train(engine, range(2))
+    before = [master.detach().clone() for master in engine.masters]
+    (skipped,) = train(engine, range(2, 3), scale=float("inf"))
+    (following,) = train(engine, range(3, 4))
+    assert not skipped.applied and skipped.loss_scale == 2**10
+    assert following.applied and following.loss_scale == 2**9
+    assert not all(torch.equal(a, b) for a, b in zip(before, engine.masters, strict=True))
+
+
+def test_overflow_at_the_smallest_scale_is_an_error_a_user_can_read(make_engine, train):
+    engine = make_engine("fp16", scale_power=0)
+    with pytest.raises(LossScaleExhausted, match="learning_rate"):
+        train(engine, range(3), scale=float("inf"))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_training_before_the_weights_change(make_engine, train, precision, value):
+    engine = make_engine(precision)
+    train(engine, range(2))
+    before = [master.detach().clone() for master in engine.masters]
+    with pytest.raises(NonFiniteLoss, match="step 2 is"):
+        train(engine, range(2, 3), scale=value)
+    assert all(torch.equal(a, b) for a, b in zip(before, engine.masters, strict=True))
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(make_engine, train):
+    """Two micro-batches: mean loss, both sample orders kept, and a clipped norm equal to that of the joint gradient."""
+    engine = make_engine(accumulation=2, bits=32)
+    reference = make_engine(bits=32).model
+    (outcome,) = train(engine, range(7, 8), accumulation=2)
+    losses = []
+    for micro in range(2):
+        x = torch.randn(4, 32, generator=torch.Generator().manual_seed(700 + micro))
+        losses.append((reference(x) - x[:, :4]).square().mean(dim=1))
+    joint = torch.cat(losses)
+    assert outcome.sample_losses == pytest.approx(joint.tolist(), rel=1e-6)
+    assert outcome.loss == pytest.approx(joint.mean().item(), rel=1e-6)
+    assert outcome.timesteps == (0, 1, 2, 3, 10, 11, 12, 13)
+    gradients = torch.autograd.grad(joint.mean(), list(reference.parameters()))
+    assert outcome.grad_norm == pytest.approx(torch.cat([g.flatten() for g in gradients]).norm().item(), rel=1e-5)
+
+
+def test_a_step_wants_all_its_micro_batches(make_engine):
+    engine = make_engine(accumulation=2)
+    x = torch.randn(4, 32)
+    engine.backward(engine.forward(x).square().mean(dim=1), torch.arange(4))
+    with pytest.raises(RuntimeError, match="1 micro-batches, but a step takes 2"):
+        engine.step()
+
+
+def test_padding_is_named_and_saved_beside_the_model(make_engine, train, tmp_path):
+    engine = make_engine()
+    train(engine, range(1))
+    for group, master in zip(engine.groups, engine.masters, strict=True):
+        assert group.padding > 0 and (group.numel + group.padding) == master.numel()
+    assert engine.save_shards(tmp_path, "step") is None
+    names = torch.load(tmp_path / "step" / "mp_rank_00_model_states.pt", weights_only=False)["module"].keys()
+    assert {f"paddings.{group.name}" for group in engine.groups} < set(names)
+    assert not any("padding" in name for name in engine.model.state_dict())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_a_resumed_engine_goes_on_bit_for_bit(make_engine, train, tmp_path, precision):
+    engine = make_engine(precision, clipping=0.5)
+    train(engine, range(3))
+    if precision == "fp16":
+        train(engine, range(3, 4), scale=float("inf"))
+    engine.save_shards(tmp_path, "step")
+    first = engine.attempted_steps
+    straight = train(engine, range(first, first + 3))
+    other = make_engine(precision, clipping=0.5)
+    train(other, range(50, 52))  # a past that must leave no trace
+    other.load_shards(tmp_path, "step")
+    assert (other.attempted_steps, other.applied_steps) == (first, 3)
+    assert train(other, range(first, first + 3)) == straight
+    assert all(torch.equal(a, b) for a, b in zip(engine.masters, other.masters, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(engine.model.parameters(), other.model.parameters(), strict=True))
+
+
+def test_the_config_in_force_beats_the_checkpoints(make_engine, train, tmp_path):
+    engine = make_engine(weight_decay=0.3, betas=(0.5, 0.6))
+    train(engine, range(1))
+    engine.save_shards(tmp_path, "step")
+    other = make_engine(weight_decay=0.1, betas=(0.9, 0.95), clipping=0.25)
+    other.load_shards(tmp_path, "step")
+    assert [g["weight_decay"] for g in optimizer_of(other).param_groups if g["weight_decay"]][0] == 0.1
+    assert all(tuple(g["betas"]) == (0.9, 0.95) for g in optimizer_of(other).param_groups)
+    assert other._ds.optimizer.clip_grad == 0.25
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_doctored_shard_runs_no_code(make_engine, train, tmp_path):
+    engine = make_engine()
+    train(engine, range(1))
+    engine.save_shards(tmp_path, "step")
+    torch.save({"module": Payload(tmp_path / "executed")}, tmp_path / "step" / "mp_rank_00_model_states.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        engine.load_shards(tmp_path, "step")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_shard_that_cannot_be_written_is_reported_not_raised(make_engine, train, tmp_path, monkeypatch):
+    engine = make_engine()
+    train(engine, range(1))
+
+    def full(*args, **kwargs):
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", full)
+    assert "unexpected pos" in engine.save_shards(tmp_path, "step")
+
+
+def test_upstream_still_loses_overrides_by_group_index(make_engine, train):
+    """Why `keep_32bit_moments` goes by identity: ZeRO steps each group as group 0. If this fails, the simpler way works again."""
+    from bitsandbytes.optim import GlobalOptimManager
+
+    engine = make_engine()
+    overrides = GlobalOptimManager.get_instance().index2config
+    overrides[(1, 0)] = {"optim_bits": 32}
+    try:
+        train(engine, range(1))
+    finally:
+        del overrides[(1, 0)]
+    assert engine.groups[1].bits == 8
+    assert optimizer_of(engine).state[engine.masters[1]]["state1"].dtype == torch.uint8
