@@ -33,7 +33,7 @@ from rdtf_ds.seeding import numpy_generator  # noqa: E402
 
 CLIPS = 48  # from text alone, half of them of colour x shape pairs that training never showed
 BATCH = 12
-ENLARGED = 4  # a 32-pixel sticker is hard to look at
+ENLARGED = 6  # a 24-pixel sticker is hard to look at
 FRAMES = 8
 SHEET_ROWS = 16
 FRAME_MS = 120
@@ -142,7 +142,7 @@ def report_on(asked: list[tuple[Sticker, Path]], out: Path) -> Report:
     size = ENLARGED * decode_size(asked[0][1])
     clips = [(sticker, decode_clip(path, size // ENLARGED, (255, 255, 255), LIMITS)) for sticker, path in asked]
     shown = clips[:: max(1, len(clips) // SHEET_ROWS)]
-    contact_sheet([clip.repeat(3, 1).repeat(3, 2) for _, clip in shown], [sticker.caption for sticker, _ in shown], out / "contact_sheet.png")
+    contact_sheet([clip.repeat(4, 1).repeat(4, 2) for _, clip in shown], [sticker.caption for sticker, _ in shown], out / "contact_sheet.png")
     training = list(training_clips(out / "run" / "stickers", clips[0][1].shape[1], CLIPS))
     return judge(clips, training)
 

@@ -38,6 +38,20 @@ def test_features_are_the_encoders_last_hidden_states(encoders: TextEncoders):
     torch.testing.assert_close(features.t5[:, :5], t5, rtol=1e-5, atol=1e-5)
 
 
+def test_both_encoders_read_the_caption_as_it_is():
+    clip, clip_tokenizer = tiny_clip()
+    t5, t5_tokenizer = tiny_t5()
+    read: dict[str, list[str]] = {"clip": [], "t5": []}
+
+    def listened_to(name, tokenizer):
+        return lambda caption, **options: read[name].append(caption) or tokenizer(caption, **options)
+
+    encoders = TextEncoders(listened_to("clip", clip_tokenizer), clip, listened_to("t5", t5_tokenizer), t5, 12)
+    hidden = ["a # circle #", "# # #", " # 猫# "]  # no encoder may see what the other must not
+    encoders.encode(hidden)
+    assert read == {"clip": hidden, "t5": hidden}
+
+
 def test_t5_padding_is_zero_and_real_tokens_are_not(encoders: TextEncoders):
     t5 = encoders.encode(CAPTIONS).t5
     assert not t5[0, 5:].any() and t5[0, :5].any(dim=-1).all()
