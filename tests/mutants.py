@@ -1,0 +1,354 @@
+"""Small named wrongs, one of which at a time must make the suite fail: what ``make mutants`` puts into a copy of the code.
+
+A test that passes with the wrong in place would not have noticed it in a change either. ``tests`` are the files that speak of what
+is broken, so that a wrong costs seconds and not a run of the whole suite.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One wrong.
+
+    Attributes:
+        name: what is wrong.
+        file: of the code, from the project's folder.
+        old: text that stands exactly once in the file.
+        new: what takes its place.
+        tests: files of tests, at least one of which must fail.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    def applied_to(self, source: str) -> str:
+        """The file with the wrong in it.
+
+        Raises:
+            ValueError: ``old`` does not stand exactly once in ``source``.
+        """
+        found = source.count(self.old)
+        if found != 1:
+            raise ValueError(f"{self.name}: {self.old!r} stands {found} times in {self.file}, it must stand there once")
+        return source.replace(self.old, self.new)
+
+
+_DIFFUSION = (
+    Mutant(
+        name="condition mask off by one",
+        file="rdtf_ds/diffusion/masks.py",
+        old="frame >= k - visible",
+        new="frame > k - visible",
+        tests=("tests/diffusion/test_masks.py",),
+    ),
+    Mutant(
+        name="level counts the visible frames",
+        file="rdtf_ds/diffusion/masks.py",
+        old="sum(not visible for visible in mask)",
+        new="sum(visible for visible in mask)",
+        tests=("tests/diffusion/test_masks.py",),
+    ),
+    Mutant(
+        name="loss mask ignored",
+        file="rdtf_ds/diffusion/loss.py",
+        old="torch.where(frame_mask[:, None, :, None, None], difference, 0.0)",
+        new="torch.where(torch.ones_like(frame_mask)[:, None, :, None, None], difference, 0.0)",
+        tests=("tests/diffusion/test_loss.py",),
+    ),
+    Mutant(
+        name="loss divided by padded frames too",
+        file="rdtf_ds/diffusion/loss.py",
+        old="elements = frame_mask.sum(dim=1)",
+        new="elements = torch.ones_like(frame_mask).sum(dim=1)",
+        tests=("tests/diffusion/test_loss.py",),
+    ),
+    Mutant(
+        name="noise scaled by 1 - sqrt(alpha)",
+        file="rdtf_ds/diffusion/loss.py",
+        old="(1 - alpha).sqrt()",
+        new="(1 - alpha.sqrt())",
+        tests=("tests/diffusion/test_loss.py",),
+    ),
+    Mutant(
+        name="guidance terms swapped",
+        file="rdtf_ds/diffusion/guidance.py",
+        old="image_scale * (eps_image - eps_none) + text_scale * (eps_both - eps_image)",
+        new="text_scale * (eps_image - eps_none) + image_scale * (eps_both - eps_image)",
+        tests=("tests/diffusion/test_guidance.py",),
+    ),
+    Mutant(
+        name="hidden frames guide and visible ones do not",
+        file="rdtf_ds/diffusion/guidance.py",
+        old="torch.where(_per_frame(condition_mask, latents)",
+        new="torch.where(_per_frame(~condition_mask, latents)",
+        tests=("tests/diffusion/test_guidance.py",),
+    ),
+)
+
+_CURRICULUM = (
+    Mutant(
+        name="static schedule goes past its end",
+        file="rdtf_ds/curriculum/static.py",
+        old="min(applied_step / self.steps, 1.0)",
+        new="applied_step / self.steps",
+        tests=("tests/curriculum/test_static.py",),
+    ),
+    Mutant(
+        name="PID sign flipped",
+        file="rdtf_ds/curriculum/curriculum.py",
+        old="self._static_level(static) - terms.total",
+        new="self._static_level(static) + terms.total",
+        tests=("tests/curriculum/test_curriculum.py",),
+    ),
+    Mutant(
+        name="integral unclamped",
+        file="rdtf_ds/curriculum/pid.py",
+        old="integral = min(max(integral, -self.integral_limit), self.integral_limit)",
+        new="integral = float(integral)",
+        tests=("tests/curriculum/test_pid.py",),
+    ),
+    Mutant(
+        name="derivative unfiltered",
+        file="rdtf_ds/curriculum/pid.py",
+        old="derivative = state.derivative + (slope - state.derivative) * dt",
+        new="derivative = slope",
+        tests=("tests/curriculum/test_pid.py",),
+    ),
+    Mutant(
+        name="levels drawn twice as narrow",
+        file="rdtf_ds/curriculum/curriculum.py",
+        old="distance**2 / (2 * self.sigma**2)",
+        new="distance**2 / self.sigma**2",
+        tests=("tests/curriculum/test_curriculum.py",),
+    ),
+    Mutant(
+        name="a skipped step moves the schedule",
+        file="rdtf_ds/curriculum/curriculum.py",
+        old="        if loss is None:\n            return state\n",
+        new="        if loss is None:\n            return CurriculumState(state.applied_steps + 1, state.pid, state.buckets)\n",
+        tests=("tests/curriculum/test_curriculum.py",),
+    ),
+)
+
+_PLANS = (
+    Mutant(
+        name="delay + 1",
+        file="rdtf_ds/data/step_plan.py",
+        old="self._delay = delay\n",
+        new="self._delay = delay + 1\n",
+        tests=("tests/data/test_step_plan.py",),
+    ),
+    Mutant(
+        name="every rank takes the first slice",
+        file="rdtf_ds/data/step_plan.py",
+        old="range(rank * micro_batch, len(self.samples)",
+        new="range(0, len(self.samples)",
+        tests=("tests/data/test_step_plan.py",),
+    ),
+    Mutant(
+        name="task seed without the sample number",
+        file="rdtf_ds/data/step_plan.py",
+        old='numpy_generator(self.seed, number, "task")',
+        new='numpy_generator(self.seed, "task")',
+        tests=("tests/data/test_step_plan.py",),
+    ),
+    Mutant(
+        name="noise seed without the sample number",
+        file="rdtf_ds/data/dataset.py",
+        old='torch_generator(self.seed, plan.sample_number, "noise")',
+        new='torch_generator(self.seed, "noise")',
+        tests=("tests/data/test_dataset.py",),
+    ),
+    Mutant(
+        name="seed parts run together",
+        file="rdtf_ds/seeding.py",
+        old='f"{tag}{len(encoded)}:"',
+        new='f"{tag}"',
+        tests=("tests/test_seeding.py",),
+    ),
+)
+
+_DATA = (
+    Mutant(
+        name="noise drawn for k frames only",
+        file="rdtf_ds/data/dataset.py",
+        old="torch.randn(self.latent.channels, self.frames,",
+        new="torch.randn(self.latent.channels, plan.k,",
+        tests=("tests/data/test_dataset.py",),
+    ),
+    Mutant(
+        name="padded frames count as real",
+        file="rdtf_ds/data/dataset.py",
+        old="frame_mask[row, :k] = True",
+        new="frame_mask[row] = True",
+        tests=("tests/data/test_dataset.py",),
+    ),
+    Mutant(
+        name="a drop takes the only condition",
+        file="rdtf_ds/data/dataset.py",
+        old="(no_text and has_image)",
+        new="no_text",
+        tests=("tests/data/test_dataset.py",),
+    ),
+    Mutant(
+        name="words hidden with the opposite probability",
+        file="rdtf_ds/data/captions.py",
+        old="rng.random(len(words)) < probability",
+        new="rng.random(len(words)) >= probability",
+        tests=("tests/data/test_captions.py",),
+    ),
+    Mutant(
+        name="several frames of one cluster",
+        file="rdtf_ds/data/clustering.py",
+        old="np.flatnonzero(labels == label)",
+        new="np.flatnonzero(labels >= label)",
+        tests=("tests/data/test_clustering.py",),
+    ),
+    Mutant(
+        name="alpha ignored",
+        file="rdtf_ds/data/decoding.py",
+        old='canvas.paste(frame, mask=frame.getchannel("A") if frame.mode == "RGBA" else None)',
+        new="canvas.paste(frame)",
+        tests=("tests/data/test_decoding.py",),
+    ),
+)
+
+_MODELS = (
+    Mutant(
+        name="frame_mask not applied to the convolutions",
+        file="rdtf_ds/models/sti.py",
+        old='rearrange(mask_frames(hidden, frame_mask), "(b f) c h w -> b c f (h w)"',
+        new='rearrange(hidden, "(b f) c h w -> b c f (h w)"',
+        tests=("tests/models/test_sti.py",),
+    ),
+    Mutant(
+        name="padded frames are attended to",
+        file="rdtf_ds/models/sti.py",
+        old="key_mask = repeat(frame_mask,",
+        new="key_mask = repeat(torch.ones_like(frame_mask),",
+        tests=("tests/models/test_sti.py",),
+    ),
+    Mutant(
+        name="gamma ignored",
+        file="rdtf_ds/models/sti.py",
+        old="gamma = self.gamma or default_gamma(min(height, width))",
+        new="gamma = default_gamma(min(height, width))",
+        tests=("tests/models/test_sti.py",),
+    ),
+    Mutant(
+        name="frame positions left out",
+        file="rdtf_ds/models/sti.py",
+        old='tokens + rearrange(positions.to(hidden.dtype), "f c -> f 1 c")',
+        new='tokens + 0 * rearrange(positions.to(hidden.dtype), "f c -> f 1 c")',
+        tests=("tests/models/test_sti.py",),
+    ),
+    Mutant(
+        name="frame_mask does not reach the temporal layers",
+        file="rdtf_ds/models/dfgn.py",
+        old="self.temporals[i](hidden, frames, frame_mask)",
+        new="self.temporals[i](hidden, frames, None)",
+        tests=("tests/models/test_dfgn.py",),
+    ),
+    Mutant(
+        name="hidden words reach one encoder only",
+        file="rdtf_ds/models/text_conditioning.py",
+        old="tokens = self._tokens(self.t5_tokenizer, caption)",
+        new='tokens = self._tokens(self.t5_tokenizer, caption.replace("#", ""))',
+        tests=("tests/models/test_text_conditioning.py",),
+    ),
+)
+
+_TRAINING = (
+    Mutant(
+        name="every frame is shown to the network",
+        file="rdtf_ds/training/objective.py",
+        old="self._visible(frames, latents, batch.condition_mask.to(self.device))",
+        new="self._visible(frames, latents, batch.frame_mask.to(self.device))",
+        tests=("tests/training/test_objective.py",),
+    ),
+    Mutant(
+        name="frame_mask does not reach the network",
+        file="rdtf_ds/training/objective.py",
+        old="frame_mask = encoded.frame_mask if encoded.padded else None",
+        new="frame_mask = None",
+        tests=("tests/training/test_objective.py",),
+    ),
+    Mutant(
+        name="norms and biases with 8-bit moments",
+        file="rdtf_ds/training/optimizer.py",
+        old='("no_decay", others, 32, False)',
+        new='("no_decay", others, bits, False)',
+        tests=("tests/training/test_optimizer.py",),
+    ),
+    Mutant(
+        name="weight decay on norms and biases",
+        file="rdtf_ds/training/optimizer.py",
+        old="weight_decay if group.weight_decay else 0.0",
+        new="weight_decay",
+        tests=("tests/training/test_optimizer.py",),
+    ),
+    Mutant(
+        name="warm-up counts skipped steps",
+        file="rdtf_ds/training/engine.py",
+        old="warmed_up(self._learning_rate, self._warmup_steps, self.applied_steps)",
+        new="warmed_up(self._learning_rate, self._warmup_steps, self.attempted_steps)",
+        tests=("tests/training/test_engine.py",),
+    ),
+    Mutant(
+        name="EMA of the wrong weights",
+        file="rdtf_ds/training/ema.py",
+        old="self._masters = dict(masters)",
+        new="self._masters = {name: master.detach().clone() for name, master in masters.items()}",
+        tests=("tests/training/test_ema.py",),
+    ),
+    Mutant(
+        name="a damaged checkpoint is loaded",
+        file="rdtf_ds/training/checkpoint.py",
+        old='if _sha256(path / name) != expected["sha256"]:',
+        new="if not _sha256(path / name):",
+        tests=("tests/training/test_checkpoint.py",),
+    ),
+    Mutant(
+        name="a resumed log holds a step twice",
+        file="rdtf_ds/training/telemetry.py",
+        old='if metrics["step"] < first_step:',
+        new='if metrics["step"] <= first_step:',
+        tests=("tests/training/test_telemetry.py",),
+    ),
+)
+
+_GENERATION = (
+    Mutant(
+        name="words hidden from one encoder only",
+        file="rdtf_ds/pipeline.py",
+        old="        return Conditioning(torch.cat(visual), self._encode_text(text), has_image, has_text)\n",
+        new=(
+            "        unhidden = self._encode_text(captions * len(visual))\n"
+            "        features = self._encode_text(text)._replace(t5=unhidden.t5)\n"
+            "        return Conditioning(torch.cat(visual), features, has_image, has_text)\n"
+        ),
+        tests=("tests/test_pipeline.py",),
+    ),
+    Mutant(
+        name="guidance channels before the noisy latents",
+        file="rdtf_ds/pipeline.py",
+        old="torch.cat([sample, condition.visual], dim=1)",
+        new="torch.cat([condition.visual, sample], dim=1)",
+        tests=("tests/test_pipeline.py",),
+    ),
+    Mutant(
+        name="masters exported where the mean was asked for",
+        file="rdtf_ds/checkpoint_weights.py",
+        old='if weights == "master":',
+        new='if weights in ("master", "ema"):',
+        tests=("tests/test_export.py",),
+    ),
+)
+
+MUTANTS: tuple[Mutant, ...] = (*_DIFFUSION, *_CURRICULUM, *_PLANS, *_DATA, *_MODELS, *_TRAINING, *_GENERATION)
