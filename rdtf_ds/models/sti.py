@@ -17,10 +17,26 @@ from rdtf_ds.models.attention import attention
 # γ is 2 where tokens are many; below this side they are few enough to keep.
 GAMMA_SIDE = 16
 
+# Of the last frame: that of the most frames a clip has, so that eight frames stand at 0, 1, ..., 7.
+POSITION_RANGE = 7
+
 
 def default_gamma(side: int) -> int:
     """γ of a level whose shorter side is ``side``: 2 from 16 on, else 1."""
     return 2 if side >= GAMMA_SIDE else 1
+
+
+def frame_positions(clips: int, frames: int, channels: int, frame_mask: Tensor | None, like: Tensor) -> Tensor:
+    """Sinusoidal positions of the frames, (B*F, C, 1, 1), on the device and in the dtype of ``like``.
+
+    Frames are chosen to spread over their whole clip, so a position is relative: the first of k frames stands at 0, the last at
+    ``POSITION_RANGE``, whatever k is. Padded frames stand beyond.
+    """
+    numbers = torch.arange(frames, device=like.device, dtype=torch.float32)
+    real = torch.full((clips,), frames, device=like.device) if frame_mask is None else frame_mask.sum(dim=1)
+    steps = POSITION_RANGE / (real - 1).clamp(min=1)
+    positions = rearrange(steps[:, None] * numbers, "b f -> (b f)")
+    return rearrange(get_timestep_embedding(positions, channels, downscale_freq_shift=0), "n c -> n c 1 1").to(like.dtype)
 
 
 def mask_frames(hidden: Tensor, frame_mask: Tensor | None) -> Tensor:
@@ -34,7 +50,6 @@ class SemanticInteraction(nn.Module):
     """(a) Every region of every frame attends to every region of every frame at 1/γ resolution.
 
     h (F, H, W, d) -> downsample by γ -> unfold to F·(H/γ)·(W/γ) tokens -> one self-attention layer -> upsample by γ.
-    Sinusoidal frame positions enter with the tokens: attention alone is blind to order.
     """
 
     def __init__(self, channels: int, heads: int, head_dim: int, gamma: int | None, attention_backend: str) -> None:
@@ -53,9 +68,7 @@ class SemanticInteraction(nn.Module):
         if height % gamma or width % gamma:
             raise ValueError(f"γ = {gamma} does not divide a latent level of {height}×{width}")
         coarse = functional.avg_pool2d(hidden, gamma) if gamma > 1 else hidden
-        tokens = rearrange(coarse, "(b f) c h w -> b f (h w) c", f=frames)
-        positions = get_timestep_embedding(torch.arange(frames, device=hidden.device), hidden.shape[1], downscale_freq_shift=0)
-        tokens = rearrange(tokens + rearrange(positions.to(hidden.dtype), "f c -> f 1 c"), "b f n c -> b (f n) c")
+        tokens = rearrange(coarse, "(b f) c h w -> b (f h w) c", f=frames)
 
         query, key, value = (
             rearrange(projection(tokens), "b l (g d) -> b g l d", g=self.heads) for projection in (self.to_q, self.to_k, self.to_v)
@@ -129,6 +142,9 @@ class Fusion(nn.Module):
 class STILayer(nn.Module):
     """Spatial-temporal interaction layer: semantic interaction and detail maintenance, fused; starts as the identity.
 
+    Sinusoidal frame positions enter both branches: attention alone is blind to order, and the convolutions alone can tell only
+    the first and last frames from the rest.
+
     Args:
         channels: width d of the level.
         norm_groups: groups of the norms; each frame is normalised by itself.
@@ -156,7 +172,7 @@ class STILayer(nn.Module):
 
     def forward(self, hidden: Tensor, frames: int, frame_mask: Tensor | None = None) -> Tensor:
         """(B*F, C, h, w) -> same; ``frame_mask`` (B, F) bool, False for padded frames, None when there are none."""
-        normed = self.norm(hidden)
+        normed = self.norm(hidden) + frame_positions(hidden.shape[0] // frames, frames, hidden.shape[1], frame_mask, like=hidden)
         return hidden + self.fusion(self.semantic(normed, frames, frame_mask), self.detail(normed, frames, frame_mask))
 
     def zero_initialised(self) -> list[str]:

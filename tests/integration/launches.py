@@ -21,7 +21,7 @@ import torch
 from rdtf_ds.checkpoint_weights import CheckpointWeights
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS, INTERVAL, KILL_AFTER = 16, 5, 8
+STEPS, INTERVAL, KILL_AFTER = 16, 5, 7
 PATIENCE = 900
 """Seconds for one launch; a busy machine takes many times the 20 it needs."""
 
