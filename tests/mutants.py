@@ -244,8 +244,15 @@ _MODELS = (
     Mutant(
         name="frame positions left out",
         file="rdtf_ds/models/sti.py",
-        old='tokens + rearrange(positions.to(hidden.dtype), "f c -> f 1 c")',
-        new='tokens + 0 * rearrange(positions.to(hidden.dtype), "f c -> f 1 c")',
+        old="self.norm(hidden) + frame_positions(",
+        new="self.norm(hidden) + 0 * frame_positions(",
+        tests=("tests/models/test_sti.py",),
+    ),
+    Mutant(
+        name="frame positions count padded frames",
+        file="rdtf_ds/models/sti.py",
+        old="if frame_mask is None else frame_mask.sum(dim=1)",
+        new="if frame_mask is None else 0 * frame_mask.sum(dim=1) + frames",
         tests=("tests/models/test_sti.py",),
     ),
     Mutant(

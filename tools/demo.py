@@ -23,7 +23,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from rdtf_ds.data.decoding import ClipError, DecodeLimits, decode_clip, probe_clip  # noqa: E402
-from rdtf_ds.data.synthetic import MOTIONS, Sticker, all_stickers  # noqa: E402
+from rdtf_ds.data.synthetic import MOTIONS, Sticker, all_stickers, on_white, render  # noqa: E402
 from rdtf_ds.data.writing import contact_sheet, write_clip  # noqa: E402
 from rdtf_ds.diffusion.masks import evenly_spaced  # noqa: E402
 from rdtf_ds.errors import UserError  # noqa: E402
@@ -124,8 +124,6 @@ def draw_text_clips(pipeline: RDTFPipeline, folder: Path, seed: int) -> list[tup
 
 def draw_other_tasks(pipeline: RDTFPipeline, folder: Path) -> None:
     """One GIF each of picture + text, prediction and interpolation, on a sticker of a held-out pair."""
-    from rdtf_ds.data.synthetic import on_white, render
-
     sticker = all_stickers(held_out=True)[0]
     size = pipeline.config.image_size
     real = on_white(render(sticker, FRAMES, size, numpy_generator(0, "demo picture")))
@@ -142,7 +140,8 @@ def report_on(asked: list[tuple[Sticker, Path]], out: Path) -> Report:
     size = ENLARGED * decode_size(asked[0][1])
     clips = [(sticker, decode_clip(path, size // ENLARGED, (255, 255, 255), LIMITS)) for sticker, path in asked]
     shown = clips[:: max(1, len(clips) // SHEET_ROWS)]
-    contact_sheet([clip.repeat(4, 1).repeat(4, 2) for _, clip in shown], [sticker.caption for sticker, _ in shown], out / "contact_sheet.png")
+    pictures = [clip.repeat(4, axis=1).repeat(4, axis=2) for _, clip in shown]
+    contact_sheet(pictures, [sticker.caption for sticker, _ in shown], out / "contact_sheet.png")
     training = list(training_clips(out / "run" / "stickers", clips[0][1].shape[1], CLIPS))
     return judge(clips, training)
 

@@ -130,14 +130,14 @@ def _trajectory(motion: str, num_frames: int, rng: np.random.Generator) -> np.nd
     """(F, 3): centre x, y (down) and radius of each frame, as shares of the side; the shape never leaves the picture."""
     time = np.linspace(0.0, 1.0, num_frames)
     if motion in ("grows", "shrinks"):
-        large = rng.uniform(0.32, 0.40)
-        radius = large * np.interp(time, [0, 1], [0.4, 1.0])
-        x, y = 0.5 + rng.uniform(-0.08, 0.08, size=2)
+        large = rng.uniform(0.36, 0.42)
+        radius = large * np.interp(time, [0, 1], [0.35, 1.0])
+        x, y = 0.5 + rng.uniform(-0.05, 0.05, size=2)
         return np.stack([np.full(num_frames, x), np.full(num_frames, y), radius[:: 1 if motion == "grows" else -1]], axis=1)
-    radius = np.full(num_frames, rng.uniform(0.17, 0.22))
-    travel = rng.uniform(0.44, 0.50)
-    along = 0.5 + rng.uniform(-0.03, 0.03) + travel * (time - 0.5)
-    across = np.full(num_frames, 0.5 + rng.uniform(-0.12, 0.12))
+    radius = np.full(num_frames, rng.uniform(0.19, 0.23))
+    travel = rng.uniform(0.46, 0.52)
+    along = 0.5 + rng.uniform(-0.01, 0.01) + travel * (time - 0.5)
+    across = np.full(num_frames, 0.5 + rng.uniform(-0.05, 0.05))
     if motion in ("slides left", "rises"):
         along = along[::-1]
     centre = (along, across) if motion.startswith("slides") else (across, along)

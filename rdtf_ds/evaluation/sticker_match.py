@@ -15,8 +15,8 @@ from rdtf_ds.data.synthetic import COLOURS, Sticker
 
 _FOREGROUND = 60.0  # levels below white in the lowest channel; noise of sigma 25 reaches about 35 after the 3 x 3 mean
 _COLOURFUL = 30.0  # length of the grey-free RGB vector under which a pixel has no hue (a full red has about 155)
-_FULL_TRAVEL = 0.45  # share of the side that a slide covers
-_FULL_GROWTH = 1.8  # log area ratio of a shape that grows to 2.5 times its radius
+_FULL_TRAVEL = 0.49  # share of the side that a slide covers
+_FULL_GROWTH = 2.1  # log area ratio of a shape that grows from 0.35 of its radius to all of it
 _MIN_MOTION = 0.25  # of the full travel or growth; less is standing still
 
 

@@ -24,7 +24,7 @@ AUTOENCODER = Part("autoencoder", "rdtf.encoders.autoencoder", "stabilityai/sd-v
 
 # Mean of a 2 x 2 or 4 x 4 block's first band over the synthetic stickers on white in [-1, 1] (64 px, 8 frames of each colour x shape x
 # motion used in training; tests/models/test_autoencoder.py measures it again). All other bands average to 0.
-_BLOCK_MEAN = {2: 1.824, 4: 3.647}
+_BLOCK_MEAN = {2: 1.800, 4: 3.599}
 
 
 class HaarAutoencoder(ModelMixin, ConfigMixin):
@@ -35,7 +35,7 @@ class HaarAutoencoder(ModelMixin, ConfigMixin):
     Args:
         factor: f, 2 or 4.
         latents_mean, latents_std: of each channel (3f²), for :class:`FrameAutoencoder` to normalise by; None: white-based stickers are
-            centred, and one scale f/2 serves all bands, which gives the block mean a deviation of about 2/3 and leaves edges as small
+            centred, and one scale f/2 serves all bands, which gives the block mean a deviation of about 0.7 and leaves edges as small
             beside it as they are in the picture. (Each band scaled to unit variance would spend the network on edges.)
 
     Raises:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from rdtf_ds.models.sti import STILayer, TemporalConvLayer
+from rdtf_ds.models.sti import STILayer, TemporalConvLayer, frame_positions
 from rdtf_ds.models.text_conditioning import TextFeatures, TextProjection
 
 CHECKPOINTING_MODES = ("none", "blocks", "blocks_cpu_offload")
@@ -206,6 +206,8 @@ class DFGN(ModelMixin, ConfigMixin):
 
         self.conv_norm_out = nn.GroupNorm(norm_groups, widths[0], eps=1e-5)
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
+        # Which frame of the clip this is, told at the very input: a motion that the caption names is a function of it.
+        self.frame_position_scale = nn.Parameter(torch.ones(widths[0]))
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
 
@@ -232,7 +234,8 @@ class DFGN(ModelMixin, ConfigMixin):
         def run(unit: Unit, hidden: Tensor) -> Tensor:
             return self._recomputed(unit, hidden, temb, text, frames, frame_mask)
 
-        hidden = self.conv_in(hidden)
+        positions = frame_positions(sample.shape[0], frames, len(self.frame_position_scale), frame_mask, like=hidden)
+        hidden = self.conv_in(hidden) + self.frame_position_scale[:, None, None] * positions
         skips = [hidden]
         for block in self.down_blocks:
             for i in range(len(block.resnets)):
@@ -254,7 +257,7 @@ class DFGN(ModelMixin, ConfigMixin):
         return rearrange(hidden, "(b f) c h w -> b c f h w", f=frames)
 
     def set_activation_checkpointing(self, mode: str) -> None:
-        """Chooses what backward recomputes: ``none``, ``blocks`` (every unit), or ``blocks_cpu_offload`` (and its inputs wait on the CPU)."""
+        """Chooses what backward recomputes: ``none``, ``blocks`` (every unit) or ``blocks_cpu_offload`` (its inputs wait on the CPU)."""
         if mode not in CHECKPOINTING_MODES:
             raise ValueError(f"activation checkpointing is {mode!r}; choose one of {', '.join(CHECKPOINTING_MODES)}")
         self.checkpointing = mode

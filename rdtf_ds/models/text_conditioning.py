@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, CLIPTextModel, CLIPTokenizer, T5EncoderM
 
 from rdtf_ds.errors import UserError
 from rdtf_ds.models.missing import Part, load_part
-from rdtf_ds.models.tiny_encoders import tiny_clip, tiny_t5
+from rdtf_ds.models.tiny_encoders import tiny_clip, tiny_t5, tiny_width
 
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.json", "spiece.model")
 # Stability withdrew its own Stable Diffusion 2 repositories in November 2025; this is the community's copy.
@@ -109,19 +109,19 @@ class TextEncoders:
 
         Args:
             clip: a folder or hub id with the encoder and tokenizer at its root or, as in Stable Diffusion, in ``text_encoder/``
-                and ``tokenizer/``; or ``tiny``.
-            t5: a folder or hub id, at its root or in ``text_encoder_2/`` and ``tokenizer_2/``; or ``tiny``.
+                and ``tokenizer/``; or ``tiny``, ``tiny:WIDTH``.
+            t5: a folder or hub id, at its root or in ``text_encoder_2/`` and ``tokenizer_2/``; or ``tiny``, ``tiny:WIDTH``.
             t5_dtype: T5's own, since T5 v1.1 overflows in fp16.
 
         Raises:
             EncoderNotFound: nothing there, or unreadable; the message says what to download where.
         """
-        if clip == "tiny":
-            clip_model, clip_tokenizer = tiny_clip()
+        if (width := tiny_width(clip)) is not None:
+            clip_model, clip_tokenizer = tiny_clip(width)
         else:
             clip_model, clip_tokenizer = _load_pair(CLIPTextModel, CLIPTokenizer, clip, CLIP, CLIP_TOKENIZER, dtype)
-        if t5 == "tiny":
-            t5_model, t5_tokenizer = tiny_t5()
+        if (width := tiny_width(t5)) is not None:
+            t5_model, t5_tokenizer = tiny_t5(width)
         else:
             t5_model, t5_tokenizer = _load_pair(T5EncoderModel, AutoTokenizer, t5, T5, T5_TOKENIZER, t5_dtype)
         return cls(clip_tokenizer, clip_model.to(device, dtype), t5_tokenizer, t5_model.to(device, t5_dtype), text_length)

@@ -19,6 +19,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
+from rdtf_ds.errors import UserError
 from rdtf_ds.seeding import torch_generator
 
 # The words of the synthetic captions (a test compares): one token each in both tokenizers.
@@ -46,6 +47,20 @@ def write_tiny_encoders(folder: str | Path, width: int = DEFAULT_WIDTH, vocabula
     }  # fmt: skip
     for name, part in parts.items():
         part.save_pretrained(str(root / name))
+
+
+def tiny_width(source: str) -> int | None:
+    """Width of the features that ``tiny`` or ``tiny:WIDTH`` asks for; None for any other source.
+
+    Raises:
+        UserError: a width that is no even number.
+    """
+    name, colon, width = source.partition(":")
+    if name != "tiny":
+        return None
+    if colon and (not width.isdecimal() or int(width) < 2 or int(width) % 2):
+        raise UserError(f"The encoder '{source}' cannot be made: write tiny or tiny:WIDTH with an even width, such as tiny:1024.")
+    return int(width) if colon else DEFAULT_WIDTH
 
 
 def tiny_clip(width: int = DEFAULT_WIDTH, vocabulary: Sequence[str] = STICKER_WORDS) -> tuple[Any, Any]:

@@ -46,7 +46,7 @@ def test_full_model_has_the_parameters_of_table_8() -> None:
     with torch.device("meta"):
         model = DFGN()
     count = sum(parameter.numel() for parameter in model.parameters())
-    assert count == 955_305_636
+    assert count == 955_305_956
     assert round(count / 1e9, 2) == 0.96
     sti = [module for module in model.modules() if isinstance(module, STILayer)]
     assert sorted(layer.norm.num_channels for layer in sti) == [320] * 5 + [640] * 5 + [1280] * 6
@@ -84,7 +84,9 @@ def test_spatial_part_is_diffusers_unet(attention_levels: tuple[bool, ...]) -> N
     """With the temporal layers silent, every frame gets what UNet2DConditionModel gives it, weights loaded by name."""
     model = tiny(block_out_channels=(16, 32, 32), attention_levels=attention_levels, layers_per_block=2)
     reference = spatial_reference(model)
-    own = {name: value for name, value in model.state_dict().items() if ".temporals." not in name and "text_projection" not in name}
+    torch.nn.init.zeros_(model.frame_position_scale)
+    ours_alone = (".temporals.", "text_projection", "frame_position_scale")
+    own = {name: value for name, value in model.state_dict().items() if not any(part in name for part in ours_alone)}
     reference.load_state_dict(own, strict=True)
     for module in model.modules():
         if isinstance(module, STILayer):
@@ -106,7 +108,7 @@ def test_full_spatial_part_counts_like_stable_diffusion() -> None:
         model = DFGN()
         reference = spatial_reference(model)
     spatial = sum(p.numel() for n, p in model.named_parameters() if ".temporals." not in n and "text_projection" not in n)
-    assert spatial == sum(p.numel() for p in reference.parameters()) == 865_922_244
+    assert spatial == sum(p.numel() for p in reference.parameters()) + 320 == 865_922_244 + 320  # 320: the scale of the frame positions
 
 
 @pytest.mark.parametrize("temporal_layer", ["sti", "conv3d"])
@@ -173,6 +175,20 @@ def test_channels_last_changes_the_layout_only() -> None:
         before = model(*inputs())
         after = model.to(memory_format=torch.channels_last)(*inputs())
     torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-4)
+
+
+def test_frames_are_told_apart_at_the_input_relative_to_their_clip() -> None:
+    """Equal frames enter the first block as different ones; the first and last of 4 frames like the first and last of 8."""
+    model = tiny()
+    seen = []
+    model.down_blocks[0].resnets[0].register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    _, timestep, features = inputs(batch=1)
+    with torch.no_grad():
+        for frames in (8, 4):
+            model(torch.zeros(1, 8, frames, 8, 8), timestep, features)
+    eight, four = seen
+    assert all((eight[i] - eight[i + 1]).abs().max() > 1e-2 for i in range(7))
+    torch.testing.assert_close(four[[0, -1]], eight[[0, -1]])
 
 
 def test_zero_initialised_parameters_are_zero_and_named() -> None:

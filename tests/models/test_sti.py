@@ -71,7 +71,8 @@ def reference_sti(layer: STILayer, hidden: torch.Tensor, frames: int, gamma: int
         semantic, detail = (functional.group_norm(x, 4, eps=1e-5) for x in (semantic, detail))
         logits = torch.einsum("fchw,tc->fthw", torch.cat([semantic, detail], 1), weights["fusion.gate.weight"])
         gate = (logits + weights["fusion.gate.bias"][None, :, None, None]).softmax(1)
-        affine = {n: weights[f"fusion.{n}"][None, :, None, None] for n in ("semantic_scale", "semantic_bias", "detail_scale", "detail_bias")}
+        names = ("semantic_scale", "semantic_bias", "detail_scale", "detail_bias")
+        affine = {name: weights[f"fusion.{name}"][None, :, None, None] for name in names}
         fused = gate[:, :1] * (semantic * affine["semantic_scale"] + affine["semantic_bias"])
         fused = fused + gate[:, 1:] * (detail * affine["detail_scale"] + affine["detail_bias"])
         out.append(clip + fused)

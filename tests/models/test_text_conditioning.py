@@ -147,3 +147,11 @@ def test_projection_joins_along_tokens_each_with_its_own_layer():
     torch.testing.assert_close(context[:, 3:], features.t5 @ projection.t5.weight.T + projection.t5.bias)
     cast = features.to(torch.float64)
     assert cast.clip.dtype == cast.t5.dtype == torch.float64
+
+
+def test_tiny_encoders_of_a_given_width():
+    encoders = TextEncoders.from_pretrained("tiny:32", "tiny:48", text_length=5)
+    assert (encoders.clip_dim, encoders.t5_dim) == (32, 48)
+    assert [tuple(part.shape) for part in encoders.encode(["a red star"])] == [(1, 5, 32), (1, 5, 48)]
+    with pytest.raises(UserError, match="'tiny:7' cannot be made.*even width"):
+        TextEncoders.from_pretrained("tiny:7", "tiny")
