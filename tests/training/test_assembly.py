@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -79,6 +80,9 @@ def test_stickers_are_made_once_and_problems_stop_a_run(process_group, tiny, tmp
     again = build_run(experiment, 0, 1, torch.device("cpu"))
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run" / "stickers").iterdir()} == made
     assert again.identity == run.identity
+    longer = replace(run, experiment=tiny("rdtf.data.synthetic_clips=10", "rdtf.max_steps=999", "train_batch_size=1"))
+    schedules = [each.identity.may_differ["rdtf"]["curriculum"]["static_steps"] for each in (run, longer)]
+    assert schedules == [experiment.rdtf.max_steps, 999], "a run made longer must be told that its schedule changes"
     assert all(torch.equal(a, b) for a, b in zip(run.engine.masters, again.engine.masters, strict=True)), "the seed alone makes the weights"
     run.merge_problems([])
     run.merge_problems([Problem("a.gif", "truncated", 3)])
