@@ -31,7 +31,7 @@ from rdtf_ds.diffusion.masks import evenly_spaced
 
 _CHILD_MEMORY_BYTES = 4 * 2**30
 _LONGEST_ANSWER = 2**20
-_NARROWEST = 64  # pixels a row must have for decord to tell its channels right
+_NARROWEST = 128  # pixels a row must have for decord to tell its channels right: it errs at 24, 48 and 72
 _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -88,6 +88,10 @@ def start_distributed(device_type: str, verify_fp16_on_cpu: bool = False) -> tup
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    elif "OMP_NUM_THREADS" not in os.environ:
+        # Each rank would take all cores, and the ranks would wait for each other's threads.
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
     try:
         deepspeed.init_distributed(
             dist_backend="nccl" if device_type == "cuda" else "gloo", auto_mpi_discovery=False, timeout=COLLECTIVE_TIMEOUT, verbose=False

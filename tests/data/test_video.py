@@ -57,7 +57,7 @@ def test_probe_says_what_the_file_is(clip: Path) -> None:
     assert len(info.durations_ms) == 9 and all(abs(duration - 80) <= 2 for duration in info.durations_ms)
 
 
-@pytest.mark.parametrize("side", [8, 16, 48])
+@pytest.mark.parametrize("side", [8, 16, 24, 48, 72])
 def test_pictures_too_narrow_for_decord_come_out_right(tmp_path: Path, side: int) -> None:
     frames = np.full((3, side, side, 3), (40, 90, 200), np.uint8)
     write_clip(frames, tmp_path / "small.mp4")
