@@ -74,6 +74,7 @@ def run_demo(arguments: argparse.Namespace) -> Report:
     with stage(f"drawing {CLIPS} clips from text alone, and one of each other task"):
         torch.manual_seed(arguments.seed)
         pipeline = RDTFPipeline.from_pretrained(out / "model", torch_dtype=torch.float32)
+        pipeline.set_progress_bar_config(disable=not sys.stderr.isatty())
         asked = draw_text_clips(pipeline, out / "gifs", arguments.seed)
         draw_other_tasks(pipeline, out / "gifs")
     return report_on(asked, out)
@@ -181,7 +182,10 @@ def stage(name: str) -> Iterator[None]:
 
 
 def _run(name: str, command: list[str]) -> None:
-    code = subprocess.run(command, env={**os.environ, "PYTHONUNBUFFERED": "1"}).returncode
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    if not torch.cuda.is_available():
+        environment.setdefault("DS_ACCELERATOR", "cpu")  # unsaid, every process of DeepSpeed's warns that it chose this
+    code = subprocess.run(command, env=environment).returncode
     if code:
         raise UserError(f"{name} ended with exit code {code}; what it said stands above. The command was: {' '.join(command)}")
 
