@@ -1,0 +1,34 @@
+"""`make demo` keeps its promises: minutes of training, so a soak test."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def percent(text: str, name: str) -> int:
+    found = re.search(rf"^{re.escape(name)}: (\d+) %", text, re.MULTILINE)
+    assert found is not None, f"the demo does not print '{name}'"
+    return int(found[1])
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_clips_from_text_alone_show_what_was_asked(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    command = [sys.executable, str(ROOT / "tools" / "demo.py"), "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = done.stdout
+    print(said)
+    assert percent(said, "colour match") >= 70 and percent(said, "colour match on held-out pairs") >= 70
+    assert percent(said, "colour match with prompts shuffled") <= 30, "1 of 6 colours is chance"
+    assert percent(said, "motion match") >= 50
+    assert percent(said, "change between frames against training clips") >= 50
+    assert len(list((out / "gifs").glob("*.gif"))) >= 48 and (out / "contact_sheet.png").stat().st_size > 10_000
