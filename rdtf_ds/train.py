@@ -26,6 +26,7 @@ import torch  # noqa: E402
 
 from rdtf_ds.data.dataset import Batch  # noqa: E402
 from rdtf_ds.experiment import Experiment, load_experiment  # noqa: E402
+from rdtf_ds.models.attention import resolve_backend  # noqa: E402
 from rdtf_ds.training import checkpoint  # noqa: E402
 from rdtf_ds.training.assembly import Run, build_pipeline, build_run, validation_requests, write_config  # noqa: E402
 from rdtf_ds.training.dry_run import describe  # noqa: E402
@@ -106,6 +107,7 @@ def announce(log: RunLog, run: Run, resumed: checkpoint.Resumed | None) -> None:
     parameters = sum(group.numel for group in run.engine.groups)
     engine = run.engine
     log.say(f"DFGN with {parameters:,} parameters in {len(engine.groups)} groups, {engine.world_size} rank(s), {run.experiment.precision}")
+    log.say(f"STI attention runs on {resolve_backend(run.experiment.rdtf.model.attention_backend, engine.device.type)}")
     for warning in run.experiment.warnings:
         log.say(f"Warning: {warning}")
     if resumed is not None:

@@ -2,7 +2,7 @@
 
 ``xformers`` runs its memory-efficient kernels (CUDA only; on sm_70 they dispatch to torch's cutlass kernel), ``sdpa`` is
 :func:`torch.nn.functional.scaled_dot_product_attention` and runs anywhere, ``math`` is the written-out reference the other two
-are tested against. ``auto`` picks once per process and logs its choice.
+are tested against. ``auto`` picks once per process; a run says at its start what was picked.
 
 Legend: B batch, G heads, L tokens, D head width.
 """

@@ -78,7 +78,8 @@ class Run:
                     "model": {key: value for key, value in model.items() if key != "attention_backend"},
                     "optimizer": {"bits": rdtf.optimizer.bits, "group_size": rdtf.optimizer.group_size},
                     "ema": {"enabled": rdtf.ema.enabled},
-                    "curriculum": {"timestep_normalised": rdtf.curriculum.timestep_normalised},
+                    # What the remembered means and integrals of the loss mean hangs on these.
+                    "curriculum": {key: keys["curriculum"][key] for key in ("error", "timestep_normalised", "timestep_buckets")},
                 },
             },
             may_differ={"data fingerprint": self.index.fingerprint, "rdtf": keys},

@@ -108,7 +108,7 @@ def save(
     if engine.rank == 0:
         try:
             _commit(engine, partial, final, identity, description)
-            _prune(folder, keep)
+            _prune(folder, keep, final)
         except OSError as error:
             failure = f"{error.filename or final}: {error.strerror}"
     _vote(failure)
@@ -262,9 +262,11 @@ def _clear(folder: Path, final: Path) -> None:
         shutil.rmtree(path, ignore_errors=not path.exists())
 
 
-def _prune(folder: Path, keep: int) -> None:
-    complete = sorted(path for path in folder.glob("step*") if not path.name.endswith(PARTIAL))
-    for path in complete[:-keep]:
+def _prune(folder: Path, keep: int, newest: Path) -> None:
+    """Keep the ``keep`` newest up to ``newest``; what lies ahead of it is damaged, for a resume passed it over to get here."""
+    present = sorted(path for path in folder.glob("step*") if not path.name.endswith(PARTIAL))
+    ahead = [path for path in present if path.name > newest.name]
+    for path in ahead + present[: len(present) - len(ahead)][:-keep]:
         doomed = path.with_name(path.name + PARTIAL)
         path.rename(doomed)  # half deleted, it must not look like a checkpoint
         shutil.rmtree(doomed)

@@ -88,6 +88,8 @@ def start_distributed(device_type: str, verify_fp16_on_cpu: bool = False) -> tup
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # Of several convolution algorithms cuDNN may time, and of those it may pick, only these repeat a step exactly.
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     elif "OMP_NUM_THREADS" not in os.environ:
         # Each rank would take all cores, and the ranks would wait for each other's threads.
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
@@ -226,13 +228,13 @@ class TrainingEngine:
 
         Args:
             sample_losses: (B,) fp32 with graph; their mean is what is differentiated.
-            timesteps: (B,) diffusion step of each sample.
+            timesteps: (B,) diffusion step of each sample, on any device: ranks exchange them on the losses' one, which nccl needs.
         """
         if self._micro_losses:
             self._ds.step()  # between micro-batches this only counts; on the last one `step` does the work
         self._ds.backward(sample_losses.mean())
         self._micro_losses.append(sample_losses.detach().float())
-        self._micro_timesteps.append(timesteps.detach())
+        self._micro_timesteps.append(timesteps.detach().to(sample_losses.device))
 
     def step(self) -> StepOutcome:
         """Update the weights from the micro-batches since the last call.

@@ -180,10 +180,11 @@ class RunLog:
             left = (time.monotonic() - self._started) / (done - self._first_step) * (self._max_steps - done)
             self.say(f"step {done}/{self._max_steps}: {text}, {tqdm.format_interval(left)} left")
 
-    def gif(self, tag: str, path: Path, step: int, frames_shape: tuple[int, int]) -> None:
+    def gif(self, tag: str, path: Path, done: int, frames_shape: tuple[int, int]) -> None:
         """Show a GIF file in TensorBoard, moving.
 
         Args:
+            done: Attempted steps behind it; it is shown at the last of them, or a resume from here would purge it.
             frames_shape: (height, width) of the picture.
         """
         if self._quiet:
@@ -192,7 +193,7 @@ class RunLog:
         image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=path.read_bytes())
         # SummaryWriter.add_video needs moviepy and re-encodes; the file format itself just holds the bytes.
         writer = self._board._get_file_writer()  # type: ignore[no-untyped-call]
-        writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+        writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), done - 1)
 
     def say(self, text: str) -> None:
         """A line for the person watching, above the progress bar."""

@@ -71,7 +71,7 @@ def test_the_page_shows_scalars_and_the_gif(page: str, tmp_path: Path) -> None:
     dom = browse(page + "/#timeseries", tmp_path, "--dump-dom").decode()
     assert 'title="loss/mean"' in dom, "no card of the loss"
     assert f'title="{TAG}"' in dom, "no card of the sample"
-    source = re.search(r'<img[^>]*alt="Image at step 5" src="([^"]+)"', dom)
+    source = re.search(r'<img[^>]*alt="Image at step 4" src="([^"]+)"', dom)
     assert source is not None, "the card shows no picture"
     with Image.open(io.BytesIO(fetch(f"{page}/{html.unescape(source[1])}"))) as picture:
         assert (picture.format, picture.size, getattr(picture, "n_frames", 1)) == ("GIF", (32, 32), 5)

@@ -94,6 +94,18 @@ def test_another_run_is_refused_by_what_differs(session, tmp_path, must_match, t
     assert all(torch.equal(a, b) for a, b in zip(before, other.tensors(), strict=True))
 
 
+def test_a_save_clears_the_damaged_ones_ahead_of_it_and_keeps_the_good(session, tmp_path):
+    """A resume passed over steps 8 and 9; their folders must not make a later save delete what is sound."""
+    run = session()
+    run.step()
+    run.save(tmp_path)
+    for name in ("step00000008", "step00000009"):
+        (tmp_path / name).mkdir()
+    run.step()
+    run.save(tmp_path)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step00000001", "step00000002"]
+
+
 def test_other_data_is_only_noted(session, tmp_path):
     run = session()
     run.step()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -185,3 +186,11 @@ def test_upstream_still_loses_overrides_by_group_index(make_engine, train):
         del overrides[(1, 0)]
     assert engine.groups[1].bits == 8
     assert optimizer_of(engine).state[engine.masters[1]]["state1"].dtype == torch.uint8
+
+
+def test_timesteps_are_exchanged_on_the_device_of_the_losses(make_engine):
+    """The loader's tensors lie on the CPU, and nccl exchanges nothing that does."""
+    engine, timesteps = make_engine(), Mock()
+    losses = engine.forward(torch.ones(2, 32, dtype=engine.dtype)).float().mean(dim=1)
+    engine.backward(losses, timesteps)
+    timesteps.detach().to.assert_called_with(losses.device)

