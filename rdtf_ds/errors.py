@@ -2,6 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+E = TypeVar("E", bound="UserError")
+
 
 class UserError(Exception):
-    """Bad input: the message names the value, the key or file, and the remedy. Commands print it as one paragraph and exit 2."""
+    """Bad input: the message names the value, the key or file, and the remedy. Commands print it as one paragraph and exit 2.
+
+    Attributes:
+        everywhere: All ranks raise this same error together, so rank 0 speaks for them. Any other is told by each rank that meets it.
+    """
+
+    everywhere: bool = False
+
+
+def on_every_rank(error: E) -> E:
+    """``error``, marked as raised by all ranks alike: what they agreed on, or what each computes from the same values."""
+    error.everywhere = True
+    return error

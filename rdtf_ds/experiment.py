@@ -21,7 +21,13 @@ from rdtf_ds.errors import UserError
 Precision = Literal["fp32", "fp16", "bf16"]
 
 
-class ConfigError(UserError):
+class ExperimentError(UserError):
+    """An experiment that does not fit itself or this machine: the same for all ranks."""
+
+    everywhere = True
+
+
+class ConfigError(ExperimentError):
     """An experiment that cannot run: ``problems`` holds every reason found."""
 
     def __init__(self, source: str, problems: Sequence[Problem]) -> None:
@@ -48,13 +54,13 @@ class Experiment:
             UserError: the global batch cannot be split that way; names the GPU counts and micro-batches that can.
         """
         if world_size < 1:
-            raise UserError(f"{world_size} GPUs: at least one process is needed")
+            raise ExperimentError(f"{world_size} GPUs: at least one process is needed")
         each = self.micro_batch * world_size
         if self.global_batch % each == 0:
             return self.global_batch // each
         worlds = ", ".join(map(str, divisors(self.global_batch // self.micro_batch)))
         micros = ", ".join(map(str, divisors(self.global_batch // world_size))) if self.global_batch % world_size == 0 else "none"
-        raise UserError(
+        raise ExperimentError(
             f"train_batch_size = {self.global_batch} cannot be split over {world_size} GPUs with train_micro_batch_size_per_gpu = "
             f"{self.micro_batch}: it is no multiple of {each}. GPU counts that fit this micro-batch: {worlds}; micro-batches that fit "
             f"{world_size} GPUs: {micros}."
@@ -83,13 +89,13 @@ class Experiment:
         """
         self.accumulation(world_size)
         if self.precision == "fp16" and not cuda_available and not self.rdtf.verify_fp16_on_cpu:
-            raise UserError(
+            raise ExperimentError(
                 "fp16.enabled = true, but torch sees no GPU here and fp16 training needs one. Run on a GPU machine (python "
                 "tools/doctor.py says what is missing), or train in fp32 with --set fp16.enabled=false, or, to verify an fp16 experiment "
                 "slowly on CPU, add --set rdtf.verify_fp16_on_cpu=true."
             )
         if self.precision == "bf16" and cuda_available and capability is not None and capability < (8, 0):
-            raise UserError(
+            raise ExperimentError(
                 f"bf16.enabled = true, but this GPU is of compute capability {capability[0]}.{capability[1]} and bf16 needs 8.0. "
                 "On V100 use --set bf16.enabled=false --set fp16.enabled=true."
             )

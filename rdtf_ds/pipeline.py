@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
 
 from rdtf_ds.clip_requests import ClipRequest, Frames, Generators, Seeds, clip_requests
-from rdtf_ds.data.captions import HIDDEN, hide_words
+from rdtf_ds.data.captions import NO_CAPTION, hide_words
 from rdtf_ds.data.decoding import letterbox
 from rdtf_ds.diffusion.guidance import combine_guidance, latent_guidance, pixel_guidance
 from rdtf_ds.errors import UserError
@@ -35,7 +35,6 @@ from rdtf_ds.models.text_conditioning import TextEncoders, TextFeatures
 from rdtf_ds.seeding import numpy_generator, torch_generator
 
 MIN_FRAMES = 3  # the fewest frames of a training clip
-NO_CAPTION = " ".join([HIDDEN] * 4)  # what the model was shown for "no text": a caption with every word hidden
 
 
 @dataclass
@@ -94,6 +93,7 @@ class RDTFPipeline(DiffusionPipeline):
         text_length: tokens of each encoder.
         background: colour behind transparent pixels and beside pictures that are not square.
         steps, eta, text_scale, image_scale: defaults of a call.
+        slice_frames: frames that pass through the autoencoder at once.
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->unet->vae"
@@ -126,6 +126,7 @@ class RDTFPipeline(DiffusionPipeline):
         eta: float = 1.0,
         text_scale: float = 7.5,
         image_scale: float = 7.5,
+        slice_frames: int = 8,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -139,6 +140,7 @@ class RDTFPipeline(DiffusionPipeline):
         )
         self.register_to_config(image_size=image_size, max_frames=max_frames, text_length=text_length, background=tuple(background))
         self.register_to_config(steps=steps, eta=eta, text_scale=text_scale, image_scale=image_scale)
+        self.register_to_config(slice_frames=slice_frames)
 
     @classmethod
     def from_pretrained(cls, folder: str | PathLike[str], **kwargs: Any) -> RDTFPipeline:  # type: ignore[override]
@@ -287,7 +289,7 @@ class RDTFPipeline(DiffusionPipeline):
         return latent_guidance(latents, mask).to(self.unet.dtype)
 
     def _autoencoder(self) -> FrameAutoencoder:
-        return FrameAutoencoder(self.vae).to(self._execution_device)
+        return FrameAutoencoder(self.vae, self.config.slice_frames).to(self._execution_device)
 
     def _noise_shape(self) -> tuple[int, ...]:
         side = self.config.image_size // self._autoencoder().factor

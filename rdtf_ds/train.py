@@ -123,7 +123,8 @@ def main(options: argparse.Namespace, experiment: Experiment) -> None:
     cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", options.local_rank))) if cuda else torch.device("cpu")
     if options.dry_run:
-        print(describe(experiment, world_size, device))
+        if plan := describe(experiment, world_size, device):
+            print(plan)
         return
     experiment.check_device(cuda, world_size, torch.cuda.get_device_capability(device) if cuda else None)
     rank, world_size = start_distributed(device.type, rdtf.verify_fp16_on_cpu)

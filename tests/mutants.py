@@ -185,8 +185,8 @@ _DATA = (
     Mutant(
         name="padded frames count as real",
         file="rdtf_ds/data/dataset.py",
-        old="frame_mask[row, :k] = True",
-        new="frame_mask[row] = True",
+        old="loss_mask(len(sample.frames), longest)",
+        new="loss_mask(longest, longest)",
         tests=("tests/data/test_dataset.py",),
     ),
     Mutant(

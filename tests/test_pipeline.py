@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -284,19 +285,38 @@ def test_a_model_that_makes_nan_is_not_shown_as_black_pictures(encoders):
 
 
 def test_saved_pipeline_loads_and_makes_the_same_clip(encoders, tmp_path):
-    pipeline = make_pipeline(encoders, small_dfgn(), background=(1, 2, 3), eta=0.5)
+    pipeline = make_pipeline(encoders, small_dfgn(), background=(1, 2, 3), eta=0.5, slice_frames=5)
     options = {"prompt": "a red star", "frames": {0: RED}, "num_inference_steps": 2, "seeds": [4]}
     clip = pipeline(**options).frames
     pipeline.save_pretrained(tmp_path)
     loaded = RDTFPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
     assert (loaded.config.steps, loaded.config.eta, tuple(loaded.config.background)) == (4, 0.5, (1, 2, 3))
+    assert loaded.config.slice_frames == 5
     assert np.array_equal(loaded(**options).frames, clip)
     half = RDTFPipeline.from_pretrained(tmp_path, torch_dtype=torch.float16)
     assert half.unet.dtype == torch.float16 and half.text_encoder.dtype == torch.float16
     assert half.text_encoder_2.dtype == torch.float32  # T5 overflows in fp16
     half.set_progress_bar_config(disable=True)
     assert np.abs(half(**options).frames.astype(int) - clip).mean() < 2
+
+
+def test_an_export_from_before_slices_could_be_chosen_loads(encoders, tmp_path):
+    make_pipeline(encoders, small_dfgn()).save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    del index["slice_frames"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert RDTFPipeline.from_pretrained(tmp_path).config.slice_frames == 8
+
+
+@pytest.mark.parametrize(("settings", "slices"), [({}, [8]), ({"slice_frames": 3}, [3, 3, 2])])
+def test_frames_pass_through_the_autoencoder_in_slices(encoders, monkeypatch, settings, slices):
+    pipeline = make_pipeline(encoders, small_dfgn(), **settings)
+    seen = []
+    decode = pipeline.vae.decode
+    monkeypatch.setattr(pipeline.vae, "decode", lambda latents: (seen.append(len(latents)), decode(latents))[1])
+    pipeline(None, None, num_inference_steps=1, seeds=0)
+    assert seen == slices
 
 
 def test_a_folder_that_is_no_export_is_named(tmp_path):

@@ -17,6 +17,8 @@ import numpy as np
 from rdtf_ds.errors import UserError
 
 HIDDEN = "#"
+NO_CAPTION = " ".join([HIDDEN] * 4)
+"""What the encoders read where there is no caption at all, in training and generation: a caption with every word hidden."""
 CLIP_SUFFIXES = (".gif", ".webp", ".png", ".apng", ".webm", ".mp4")
 _METADATA = ("metadata.jsonl", "metadata.csv")
 _NAMED_AT_MOST = 5

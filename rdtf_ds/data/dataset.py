@@ -15,13 +15,13 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from rdtf_ds.data.captions import hide_words
+from rdtf_ds.data.captions import NO_CAPTION, hide_words
 from rdtf_ds.data.clustering import choose_frames, frame_features
 from rdtf_ds.data.decoding import ClipError, DecodeLimits, decode_clip
 from rdtf_ds.data.index import ClipIndex
 from rdtf_ds.data.quarantine import Problem
 from rdtf_ds.data.step_plan import SamplePlan
-from rdtf_ds.diffusion.masks import MAX_FRAMES, Task, evenly_spaced, level
+from rdtf_ds.diffusion.masks import MAX_FRAMES, Task, evenly_spaced, level, loss_mask
 from rdtf_ds.errors import UserError
 from rdtf_ds.seeding import derive_seed, numpy_generator, torch_generator
 
@@ -40,7 +40,7 @@ class Batch:
         frames: uint8 (B, 3, F, H, W).
         condition_mask: bool (B, F), True = the model sees this frame clean.
         frame_mask: bool (B, F), True = a real frame, which counts in the loss.
-        captions: with hidden words as "#".
+        captions: with hidden words as "#"; `NO_CAPTION` for a clip without one.
         timestep: int64 (B,).
         noise: float32 (B, C, F, h, w), zero in padded frames.
         tasks, levels, sample_numbers: as planned; ``levels`` counts masked frames before a drop hides all.
@@ -190,16 +190,17 @@ class StickerDataset:
     def _conditions(self, plan: SamplePlan, caption: str) -> tuple[str, np.ndarray]:
         """The caption and condition mask after the drops that guidance needs.
 
-        A drop never takes the only condition a sample has: nothing at all is shown with probability ``neither`` and no other.
+        A drop never takes the only condition a sample has: nothing at all is shown with probability ``neither`` and no other,
+        but always where a clip without a caption meets the empty mask.
         """
         drops, draw = self.drops, self._rng(plan, "drops").random()
         no_text = draw < drops.no_text
         no_image = drops.no_text <= draw < drops.no_text + drops.no_image
         neither = drops.no_text + drops.no_image <= draw < drops.no_text + drops.no_image + drops.neither
-        has_image = any(plan.mask)
-        hide_all = neither or not plan.text or (no_text and has_image)
-        hide_image = neither or (no_image and plan.text)
-        words = hide_words(caption, 1.0 if hide_all else drops.word_hide, self._rng(plan, "words"))
+        has_image, has_text = any(plan.mask), plan.text and bool(caption.strip())
+        hide_all = neither or not has_text or (no_text and has_image)
+        hide_image = neither or (no_image and has_text)
+        words = hide_words(caption, 1.0 if hide_all else drops.word_hide, self._rng(plan, "words")) if caption.strip() else NO_CAPTION
         mask = np.array(plan.mask, bool)
         return words, np.zeros_like(mask) if hide_image else mask
 
@@ -226,13 +227,12 @@ def collate(samples: Sequence[_Sample]) -> Batch:
     frames = torch.zeros(batch, 3, longest, height, width, dtype=torch.uint8)
     noise = torch.zeros(batch, channels, longest, *latent_size)
     condition_mask = torch.zeros(batch, longest, dtype=torch.bool)
-    frame_mask = torch.zeros(batch, longest, dtype=torch.bool)
+    frame_mask = torch.tensor([loss_mask(len(sample.frames), longest) for sample in samples])
     for row, sample in enumerate(samples):
         k = len(sample.frames)
         frames[row, :, :k] = torch.from_numpy(sample.frames).permute(3, 0, 1, 2)
         noise[row, :, :k] = sample.noise
         condition_mask[row, :k] = torch.from_numpy(sample.condition_mask)
-        frame_mask[row, :k] = True
     plans = [sample.plan for sample in samples]
     return Batch(
         frames=frames,

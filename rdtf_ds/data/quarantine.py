@@ -27,6 +27,8 @@ class Problem:
 class TooManyBadFiles(UserError):
     """More of the data folder is broken than the run allows."""
 
+    everywhere = True  # every rank merges the same problems
+
 
 class Quarantine:
     """The bad files of a run.
@@ -73,10 +75,11 @@ class Quarantine:
         if new and self._write:
             self._append(new.values())
         if new and self.bad_fraction > self.max_bad_fraction:
+            first = next(iter(self._problems.values()))
             raise TooManyBadFiles(
                 f"{len(self._problems)} of {self.total} data files cannot be decoded ({self.bad_fraction:.1%}), more than "
-                f"rdtf.data.max_bad_fraction ({self.max_bad_fraction:g}) allows. '{self.path}' lists them with reasons. Mend or remove "
-                "them and delete that file, or raise the limit."
+                f"rdtf.data.max_bad_fraction ({self.max_bad_fraction:g}) allows, the first one '{first.path}': {first.reason}. A run lists "
+                f"them all in '{self.path}'. Mend or remove them and delete that list, or raise the limit."
             )
 
     def _append(self, problems: Iterable[Problem]) -> None:

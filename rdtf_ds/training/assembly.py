@@ -324,11 +324,12 @@ def build_pipeline(run: Run) -> RDTFPipeline:
         eta=sampling.eta,
         text_scale=sampling.text_scale,
         image_scale=sampling.image_scale,
+        slice_frames=rdtf.memory.autoencoder_slice,
     )
 
 
 def validation_requests(run: Run) -> list[Request]:
-    """The same clips to make at every validation of a run."""
+    """The same clips to make at every validation of a run, read once, by rank 0; called by all ranks."""
     rdtf, index = run.experiment.rdtf, run.index
 
     def decode(clip_id: int) -> np.ndarray | None:
@@ -338,4 +339,7 @@ def validation_requests(run: Run) -> list[Request]:
             return None  # training will meet it and quarantine it
 
     clip_ids = index.trainable.tolist()
-    return make_requests(rdtf.seed, rdtf.validation.clips, clip_ids, lambda clip: index.rows[clip].caption, decode, rdtf.data.frames)
+    # What every rank read for itself could differ, were a file slow or unreadable for one of them.
+    return on_rank_zero(
+        lambda: make_requests(rdtf.seed, rdtf.validation.clips, clip_ids, lambda clip: index.rows[clip].caption, decode, rdtf.data.frames)
+    )

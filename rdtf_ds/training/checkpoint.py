@@ -21,7 +21,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from rdtf_ds.errors import UserError
+from rdtf_ds.errors import UserError, on_every_rank
 from rdtf_ds.training.ema import ShardedEMA
 from rdtf_ds.training.engine import TrainingEngine, gather_objects
 from rdtf_ds.training.optimizer import ParameterGroup
@@ -149,10 +149,11 @@ def _vote(failure: str | None) -> None:
     """Every rank learns whether any failed; all raise or none."""
     failures = [f"rank {rank}: {text}" for rank, text in enumerate(gather_objects(failure)) if text]
     if failures:
-        raise UserError(
+        told = (
             f"The checkpoint could not be written ({'; '.join(failures)}). Is the disk full or the folder read-only? Free some space and "
             f"run the same command again: it goes on from the last complete checkpoint."
         )
+        raise on_every_rank(UserError(told))
 
 
 def find_latest(folder: Path) -> tuple[Path | None, list[str]]:
@@ -222,17 +223,18 @@ def resume(engine: TrainingEngine, ema: ShardedEMA | None, folder: Path, identit
             found = str(error)
     found = gather_objects(found)[0]
     if isinstance(found, str):
-        raise UserError(found)
+        raise on_every_rank(UserError(found))
     path, notes = found
     if path is None:
         return None
     manifest = read_manifest(path)
     differences = _differences(manifest["must_match"], identity.must_match)
     if differences:
-        raise UserError(
+        told = (
             f"{path} belongs to another run: {'; '.join(differences)}. Restore these to resume it, or choose another --output_dir for a "
             f"new run."
         )
+        raise on_every_rank(UserError(told))
     changed = _differences(manifest["may_differ"], identity.may_differ)
     notes = [f"Passed over a damaged checkpoint: {note}" for note in notes] + [f"Changed since the checkpoint: {what}" for what in changed]
     engine.load_shards(folder, path.name)

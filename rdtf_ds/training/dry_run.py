@@ -1,38 +1,54 @@
-"""The resolved plan of a run, in text: what would be trained, on what, in which steps. Nothing is written or allocated."""
+"""The resolved plan of a run, in text: what would be trained, on what, in which steps. Nothing is written, no weights are loaded."""
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
+from transformers import CLIPTextConfig, T5Config
 
+from rdtf_ds.config import RDTFSection
 from rdtf_ds.data.index import build_index
+from rdtf_ds.data.quarantine import Problem, Quarantine, TooManyBadFiles
 from rdtf_ds.data.step_plan import PlanQueue, StepPlan
 from rdtf_ds.diffusion.masks import MAX_FRAMES
+from rdtf_ds.errors import UserError
 from rdtf_ds.experiment import Experiment
-from rdtf_ds.models.missing import EncoderNotFound
-from rdtf_ds.training.assembly import build_curriculum, build_model, build_planner, decode_limits, load_encoders, split_model
+from rdtf_ds.models.autoencoder import AUTOENCODER, load_autoencoder
+from rdtf_ds.models.missing import EncoderNotFound, load_part
+from rdtf_ds.models.text_conditioning import CLIP, T5
+from rdtf_ds.models.tiny_encoders import tiny_width
+from rdtf_ds.training.assembly import build_curriculum, build_model, build_planner, decode_limits, split_model
 from rdtf_ds.training.optimizer import warmed_up
 
 TABLE_6_WIDTHS = (4, 1024, 1024)
 """Latent channels, CLIP and T5 widths of the default encoders, when they are not at hand."""
+NOT_READY = "NOT READY: "
 
 
 def describe(experiment: Experiment, world_size: int, device: torch.device) -> str:
-    """The plan as lines of text.
+    """The plan as lines of text, empty on ranks other than 0.
+
+    Lines "NOT READY: ..." tell what would stop the run before its first step: a device that cannot train in this precision, encoders
+    that are not there, too many broken clips, an output folder that cannot be written. Of encoders only the configs are read; whether
+    weights load, the ranks meet and a checkpoint in the output folder can be resumed shows at the start.
 
     Raises:
-        UserError: What would stop the run before its first step, missing encoders apart: those are only noted.
+        UserError: Without this there is nothing to plan: a batch that cannot be split, no clips, an impossible source or model.
     """
-    return "\n".join(_lines(experiment, world_size, device))
+    return "\n".join(_lines(experiment, world_size, device)) if int(os.environ.get("RANK", "0")) == 0 else ""
 
 
 def _lines(experiment: Experiment, world_size: int, device: torch.device) -> Iterator[str]:
     rdtf = experiment.rdtf
     accumulation = experiment.accumulation(world_size)
     yield f"device          {device.type}, {world_size} rank(s), {experiment.precision}, ZeRO-2"
+    yield from _device_faults(experiment, world_size, device)
     yield f"batch           {experiment.global_batch} = {world_size} rank(s) x {experiment.micro_batch} at once x {accumulation} in turn"
     yield from _model_lines(experiment)
     settings = rdtf.optimizer
@@ -44,24 +60,25 @@ def _lines(experiment: Experiment, world_size: int, device: torch.device) -> Ite
     for step in (0, rdtf.max_steps // 2, rdtf.max_steps):
         probability = curriculum.schedule.probability(step)
         yield f"schedule        step {step}: " + ", ".join(f"{task.value} {p:.3f}" for task, p in probability.items())
-    clip_ids, frame_counts, told = _clips(experiment)
+    clip_ids, frame_counts, told, faults = _clips(experiment)
     yield f"data            {told}"
+    yield from faults
     steps_per_epoch = len(clip_ids) / experiment.global_batch
     yield f"epochs          {rdtf.max_steps / steps_per_epoch:.1f} of {steps_per_epoch:.1f} steps"
     queue = PlanQueue(build_planner(experiment, curriculum, clip_ids, frame_counts), rdtf.curriculum.delay)
     for step in range(min(3, queue.delay + 1)):
         yield _plan_line(queue.plan(step))
     yield f"output          {rdtf.output_dir}, a checkpoint every {rdtf.checkpoint.interval} steps, the last {rdtf.checkpoint.keep} kept"
+    yield from _folder_faults(Path(rdtf.output_dir))
     yield from (f"warning         {warning}" for warning in experiment.warnings)
 
 
 def _model_lines(experiment: Experiment) -> Iterator[str]:
     try:
-        autoencoder, text = load_encoders(experiment.rdtf, torch.float32, torch.device("cpu"))
-        widths = (autoencoder.channels, text.clip_dim, text.t5_dim)
+        widths = _widths(experiment.rdtf)
     except EncoderNotFound as error:
         widths = TABLE_6_WIDTHS
-        yield f"encoders        NOT READY, assuming latent channels and text widths {widths}: {error}"
+        yield f"{NOT_READY}{error} The lines below assume latent channels and text widths {widths}."
     with torch.device("meta"):
         model = build_model(experiment.rdtf, *widths)
     groups = split_model(model, experiment.rdtf)
@@ -73,14 +90,57 @@ def _model_lines(experiment: Experiment) -> Iterator[str]:
     yield f"parameters      {count:,} ({moments}) in {len(groups)} groups, {padding:,} elements of padding"
 
 
-def _clips(experiment: Experiment) -> tuple[np.ndarray, np.ndarray, str]:
+def _widths(rdtf: RDTFSection) -> tuple[int, int, int]:
+    """Latent channels, CLIP and T5 widths, as the encoders' configs tell them."""
+    sources = rdtf.encoders
+    if sources.autoencoder == "tiny" or sources.autoencoder.startswith("haar:"):
+        channels = load_autoencoder(sources.autoencoder).channels
+    else:
+        channels = load_part(_latent_channels, sources.autoencoder, AUTOENCODER)
+    clip = tiny_width(sources.clip) or load_part(CLIPTextConfig.from_pretrained, sources.clip, CLIP).hidden_size
+    t5 = tiny_width(sources.t5) or load_part(T5Config.from_pretrained, sources.t5, T5).d_model
+    return channels, clip, t5
+
+
+def _latent_channels(source: str, subfolder: str | None = None) -> int:
+    config = AutoencoderKL.load_config(source, subfolder=subfolder)
+    return int(config["latent_channels"] if config["_class_name"] == "AutoencoderKL" else 3 * config["factor"] ** 2)
+
+
+def _device_faults(experiment: Experiment, world_size: int, device: torch.device) -> Iterator[str]:
+    cuda = device.type == "cuda"
+    try:
+        experiment.check_device(cuda, world_size, torch.cuda.get_device_capability(device) if cuda else None)
+    except UserError as error:
+        yield f"{NOT_READY}{error}"
+
+
+def _data_faults(rdtf: RDTFSection, problems: list[Problem], total: int) -> Iterator[str]:
+    quarantine = Quarantine(Path(rdtf.output_dir) / "quarantine.jsonl", rdtf.data.max_bad_fraction, total, write=False)
+    try:
+        quarantine.merge(problems)
+    except TooManyBadFiles as error:
+        yield f"{NOT_READY}{error}"
+
+
+def _folder_faults(folder: Path) -> Iterator[str]:
+    """What the run would meet when it makes or writes its folder, told from the nearest folder that exists."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        fault = "may not be written" if there.is_dir() else "is a file"
+        yield f"{NOT_READY}The output folder '{folder}' cannot be written: '{there}' {fault}. Give another with --output_dir."
+
+
+def _clips(experiment: Experiment) -> tuple[np.ndarray, np.ndarray, str, Iterator[str]]:
+    """Clip ids, their frame counts, a line about them, and what would stop the run."""
     data = experiment.rdtf.data
     if data.data_dir is None:
         count = data.synthetic_clips
         told = f"{count} stickers, made at the start; the plans below assume {MAX_FRAMES} frames each"
-        return np.arange(count), np.full(count, MAX_FRAMES), told
+        return np.arange(count), np.full(count, MAX_FRAMES), told, iter(())
     index = build_index(data.data_dir, decode_limits(experiment.rdtf))
-    return index.trainable, index.frame_counts, index.summary()
+    faults = _data_faults(experiment.rdtf, index.problems, len(index.rows))
+    return index.trainable, index.frame_counts, index.summary(), faults
 
 
 def _plan_line(plan: StepPlan) -> str:

@@ -49,13 +49,12 @@ class ShardedEMA:
     def applied_to(self, engine: HoldsWeights) -> Iterator[None]:
         """The mean in the live model of all ranks, for the time of the context; all ranks enter and leave together.
 
-        Compute weights are always the cast of the masters, so showing the masters again restores them bit for bit.
+        Compute weights are always the cast of the masters, so showing the masters again restores them bit for bit. After an error
+        they are not restored: showing them is a collective, and a rank that fails alone would wait in it instead of ending the run.
         """
         engine.show(list(self.shards.values()))
-        try:
-            yield
-        finally:
-            engine.show(engine.masters)
+        yield
+        engine.show(engine.masters)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Flat tensors only, as safetensors wants them; ``updates`` is a scalar beside the groups."""

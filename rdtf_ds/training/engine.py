@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rdtf_ds.errors import UserError
+from rdtf_ds.errors import UserError, on_every_rank
 from rdtf_ds.training.optimizer import ParameterGroup, build_optimizer, keep_32bit_moments, warmed_up
 
 T = TypeVar("T")
@@ -31,9 +31,13 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 class NonFiniteLoss(UserError):
     """The loss became NaN or infinite in a precision that has no loss scale to blame. Weights are those of the step before."""
 
+    everywhere = True  # computed from the gathered losses
+
 
 class LossScaleExhausted(UserError):
     """fp16 gradients overflow at the smallest loss scale."""
+
+    everywhere = True  # ranks agree on an overflow
 
 
 @dataclass(frozen=True)
@@ -339,7 +343,7 @@ def on_rank_zero(make: Callable[[], T]) -> T:
             answer[1] = error
     dist.broadcast_object_list(answer, src=0)
     if answer[1] is not None:
-        raise answer[1]
+        raise on_every_rank(answer[1])
     value: T = answer[0]
     return value
 

@@ -11,17 +11,16 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from rdtf_ds.data.dataset import NoUsableClip
 from rdtf_ds.errors import UserError
 
 USER_ERROR, BUG, INTERRUPTED = 2, 1, 130
 
 
-def exit_code_of(command: Callable[[], None], crash_folder: Callable[[], Path | None], with_traceback: bool) -> int:
+def exit_code_of(command: Callable[[], None], run_folder: Callable[[], Path | None], with_traceback: bool) -> int:
     """Run ``command`` and turn its end into an exit code and a message on standard error.
 
     Args:
-        crash_folder: Where a traceback goes; None or an unwritable one: the folder for temporary files.
+        run_folder: Where checkpoints are and a traceback goes; None or an unwritable one: the folder for temporary files.
         with_traceback: Show tracebacks instead.
 
     Returns:
@@ -31,20 +30,20 @@ def exit_code_of(command: Callable[[], None], crash_folder: Callable[[], Path | 
         command()
         return 0
     except KeyboardInterrupt:
-        _say_once("Interrupted; the last checkpoint is complete. Run the same command again to go on from it.")
+        _say_once(f"Interrupted; {_what_is_left(run_folder())}")
         return INTERRUPTED
     except UserError as error:
         if with_traceback:
             traceback.print_exc()
-        # Ranks raise user errors together, so one speaks for all; only what one rank alone can meet is told by that rank.
-        elif _rank() == 0 or isinstance(error, NoUsableClip):
-            print(_paragraph(f"Error: {_without_worker_traceback(error)}"), file=sys.stderr, flush=True)
+        elif _rank() == 0 or not error.everywhere:
+            where = f" on rank {_rank()}" if _rank() else ""
+            print(_paragraph(f"Error{where}: {_without_worker_traceback(error)}"), file=sys.stderr, flush=True)
         return USER_ERROR
     except Exception as error:
         if with_traceback:
             traceback.print_exc()
         else:
-            path = _write_crash(crash_folder())
+            path = _write_crash(run_folder())
             what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
             advice = f"This is a bug or a broken installation; the full traceback is in {path}."
             print(_paragraph(f"Error on rank {_rank()}: {what}. {advice}"), file=sys.stderr, flush=True)
@@ -58,6 +57,13 @@ def _rank() -> int:
 def _say_once(text: str) -> None:
     if _rank() == 0:
         print(f"\n{text}", file=sys.stderr, flush=True)
+
+
+def _what_is_left(folder: Path | None) -> str:
+    steps = sorted(path.name for path in folder.glob("checkpoints/step*") if path.suffix != ".partial") if folder is not None else []
+    if steps:
+        return f"the same command goes on from the last complete checkpoint, {steps[-1]}."
+    return "no checkpoint was written yet, so the same command starts from the beginning."
 
 
 def _without_worker_traceback(error: UserError) -> str:

@@ -1,6 +1,7 @@
 """Clips made while training, the same requests every time, so that a person sees whether it works.
 
-All ranks share the work, clip by clip, and meet afterwards: none waits in a collective while another samples.
+All ranks share the work, clip by clip, and meet afterwards: none waits in a collective while another samples. A clip that cannot be
+made or written is a warning, since training does not depend on it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 
 from rdtf_ds.data.writing import write_clip
 from rdtf_ds.diffusion.masks import evenly_spaced
+from rdtf_ds.errors import UserError
 from rdtf_ds.pipeline import RDTFPipeline
 from rdtf_ds.seeding import derive_seed, numpy_generator
 from rdtf_ds.training.ema import ShardedEMA
@@ -78,18 +80,25 @@ def make_requests(
 
 def sample_clips(
     pipeline: Any, requests: Sequence[Request], rank: int, world_size: int, steps: int
-) -> list[tuple[Request, np.ndarray]]:
-    """Every request and its clip, uint8 (F, H, W, 3), on all ranks; each rank makes each ``world_size``-th. Called by all ranks."""
-    made = []
+) -> tuple[list[tuple[Request, np.ndarray]], list[str]]:
+    """Every request made, with its clip, uint8 (F, H, W, 3), and why the others were not; on all ranks, and called by all.
+
+    Each rank makes each ``world_size``-th.
+    """
+    made: list[tuple[int, np.ndarray | str]] = []
     pipeline.set_progress_bar_config(disable=True)
     for number in range(rank, len(requests), world_size):
         request = requests[number]
-        output = pipeline(
-            request.prompt, frames=request.visible, num_frames=request.num_frames, num_inference_steps=steps, seeds=[request.seed]
-        )
-        made.append((number, output.frames[0]))
+        try:
+            output = pipeline(
+                request.prompt, frames=request.visible, num_frames=request.num_frames, num_inference_steps=steps, seeds=[request.seed]
+            )
+            made.append((number, output.frames[0]))
+        except UserError as error:  # the other ranks may have no error, and wait below
+            made.append((number, f"{request.name}: {error}"))
     everything = sorted((item for part in gather_objects(made) for item in part), key=lambda item: item[0])
-    return [(requests[number], frames) for number, frames in everything]
+    clips = [(requests[number], frames) for number, frames in everything if not isinstance(frames, str)]
+    return clips, [failure for _, failure in everything if isinstance(failure, str)]
 
 
 def write_gifs(clips: Sequence[tuple[Request, np.ndarray]], folder: Path) -> list[Path]:
@@ -100,6 +109,16 @@ def write_gifs(clips: Sequence[tuple[Request, np.ndarray]], folder: Path) -> lis
         write_clip(frames, paths[-1], MILLISECONDS)
     (folder / "prompts.txt").write_text("".join(f"{request.name}: {request.prompt}\n" for request, _ in clips), encoding="utf-8")
     return paths
+
+
+def show_clips(clips: Sequence[tuple[Request, np.ndarray]], folder: Path, log: RunLog, step: int) -> None:
+    """GIFs of the clips in ``folder`` and in TensorBoard; a disk that refuses them is a warning."""
+    try:
+        paths = write_gifs(clips, folder)
+        for path, (request, frames) in zip(paths, clips, strict=True):
+            log.gif(f"samples/{request.name}", path, step, frames.shape[1:3])
+    except OSError as error:
+        log.say(f"Warning: the validation clips of step {step} could not all be written to '{folder}': {error}. Training goes on.")
 
 
 @dataclass(frozen=True)
@@ -118,8 +137,10 @@ class Validation:
     def __call__(self, engine: TrainingEngine, ema: ShardedEMA | None, folder: Path, log: RunLog, step: int) -> None:
         """Clips after ``step`` attempted steps, into ``folder/samples`` and TensorBoard; called by all ranks."""
         with ema.applied_to(engine) if ema is not None else nullcontext():
-            clips = sample_clips(self.pipeline, self.requests, engine.rank, engine.world_size, self.steps)
-        if engine.rank == 0:
-            paths = write_gifs(clips, folder / "samples" / f"step{step:08d}")
-            for path, (request, frames) in zip(paths, clips, strict=True):
-                log.gif(f"samples/{request.name}", path, step, frames.shape[1:3])
+            clips, failures = sample_clips(self.pipeline, self.requests, engine.rank, engine.world_size, self.steps)
+        if engine.rank != 0:
+            return
+        for failure in failures:
+            log.say(f"Warning: after step {step} no validation clip {failure}")
+        if clips:
+            show_clips(clips, folder / "samples" / f"step{step:08d}", log, step)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from rdtf_ds.data.captions import NO_CAPTION
 from rdtf_ds.data.dataset import Batch, DropRates, NoUsableClip
 from rdtf_ds.data.quarantine import Problem
 from rdtf_ds.diffusion.masks import Task
@@ -117,6 +118,18 @@ def test_a_drop_never_takes_the_only_condition(root: Path, visible: str, text: b
     rates = outcomes(root, DropRates(0, 0.3, 0.3, 0.2), visible, text)
     assert set(rates) == {kept, (False, False)}
     assert abs(rates[(False, False)] - 0.2) < 0.06
+
+
+@pytest.mark.parametrize("caption", ["", " \n"])
+def test_a_clip_without_a_caption_says_so_and_keeps_its_frames(tmp_path: Path, caption: str) -> None:
+    root = numbered_clips(tmp_path, [4, 4], caption)
+    data = dataset(root, drops=DropRates(0.5, 0.3, 0.4, 0.2))
+    batch = data[tuple(plan(number, 1, "#..", text=number % 2 == 0) for number in range(200))]
+    assert set(batch.captions) == {NO_CAPTION} == {"# # # #"}
+    hidden = [not mask.any() for mask in batch.condition_mask]
+    assert abs(sum(hidden) / 200 - 0.2) < 0.085  # "neither" alone, within three standard deviations
+    unconditional = dataset(root)[(plan(0, 1, "..."),)]
+    assert unconditional.captions == [NO_CAPTION] and not unconditional.condition_mask.any()
 
 
 def test_drops_leave_level_and_frames_alone(root: Path) -> None:

@@ -124,7 +124,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, stickers):
     assert done.returncode == 0, done.stderr
     lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
     assert lines["batch"].startswith("4 = 2 rank(s) x 1 at once x 2 in turn")
-    assert lines["parameters"].startswith("91,920 ") and "12 to train on" in lines["data"] and "k = " in lines["plan"]
+    assert lines["parameters"].startswith("91,928 ") and "12 to train on" in lines["data"] and "k = " in lines["plan"]
     assert not (tmp_path / "run").exists()
 
 

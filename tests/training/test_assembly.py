@@ -1,16 +1,30 @@
 from __future__ import annotations
 
 import json
+import pickle
 from dataclasses import replace
 
 import pytest
 import torch
 
 from rdtf_ds.data.quarantine import Problem, TooManyBadFiles
+from rdtf_ds.data.synthetic import write_stickers
 from rdtf_ds.errors import UserError
 from rdtf_ds.experiment import load_experiment
+from rdtf_ds.models.autoencoder import HaarAutoencoder
 from rdtf_ds.models.text_conditioning import TextFeatures
-from rdtf_ds.training.assembly import build_model, build_run, config_hash, prepare_folder, split_model, write_config
+from rdtf_ds.models.tiny_encoders import write_tiny_encoders
+from rdtf_ds.training import assembly, dry_run, engine
+from rdtf_ds.training.assembly import (
+    build_model,
+    build_pipeline,
+    build_run,
+    config_hash,
+    prepare_folder,
+    split_model,
+    validation_requests,
+    write_config,
+)
 from rdtf_ds.training.dry_run import describe
 
 
@@ -97,3 +111,54 @@ def test_a_dry_run_of_the_full_model_needs_no_encoders(project_root, tmp_path):
     text = describe(experiment, 8, torch.device("cpu"))
     assert "NOT READY" in text and "parameters      955," in text and "16 = 8 rank(s) x 1 at once x 2 in turn" in text
     assert "step 0: IPT 0.600, PDT 0.250, GRT 0.150" in text and "step 50000: IPT 0.200, PDT 0.300, GRT 0.500" in text
+    assert "NOT READY: autoencoder not found" in text and "NOT READY: fp16.enabled = true, but torch sees no GPU" in text
+
+
+def test_a_dry_run_tells_what_would_stop_the_run(tiny, tmp_path, monkeypatch):
+    clips = tmp_path / "clips"
+    write_stickers(clips, 6, 0, 16)
+    for name in ("x.gif", "y.gif"):
+        (clips / name).write_bytes(b"GIF89a")
+    data = f"rdtf.data.data_dir={clips}"
+    assert "NOT READY" not in describe(tiny(data, "rdtf.data.max_bad_fraction=0.25"), 1, torch.device("cpu"))
+    (tmp_path / "file").write_text("")
+    text = describe(tiny(data, "rdtf.data.max_bad_fraction=0.24", output_dir=tmp_path / "file" / "run"), 1, torch.device("cpu"))
+    assert "NOT READY: 2 of 8 data files cannot be decoded (25.0%)" in text and "the first one 'x.gif': " in text
+    assert f"cannot be written: '{tmp_path / 'file'}' is a file" in text and text.count("NOT READY") == 2
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    assert f"'{tmp_path}' may not be written" in describe(tiny(data, "rdtf.data.max_bad_fraction=1"), 1, torch.device("cpu"))
+    monkeypatch.setenv("RANK", "1")
+    assert describe(tiny(data), 1, torch.device("cpu")) == ""
+
+
+def test_a_dry_run_reads_widths_without_weights(tiny, tmp_path):
+    write_tiny_encoders(tmp_path / "encoders", width=24)
+    for weights in (tmp_path / "encoders").rglob("*.safetensors"):
+        weights.unlink()
+    folder = tmp_path / "encoders"
+    sources = [f"rdtf.encoders.{name}={folder}" for name in ("autoencoder", "clip", "t5")]
+    assert dry_run._widths(tiny(*sources).rdtf) == (4, 24, 24)
+    made = tiny("rdtf.encoders.autoencoder=haar:2", "rdtf.encoders.clip=tiny:32", "rdtf.encoders.t5=tiny").rdtf
+    assert dry_run._widths(made) == (12, 32, 64)
+    HaarAutoencoder(4).save_pretrained(tmp_path / "haar")
+    assert dry_run._widths(tiny(f"rdtf.encoders.autoencoder={tmp_path / 'haar'}", *sources[1:]).rdtf)[0] == 48
+
+
+def test_validation_keeps_to_the_memory_keys_and_rank_zero_reads_its_clips(process_group, tiny, monkeypatch):
+    settings = ["rdtf.data.synthetic_clips=10", "rdtf.memory.autoencoder_slice=3", "train_batch_size=1", "rdtf.data.workers=0"]
+    run = build_run(tiny(*settings), 0, 1, torch.device("cpu"))
+    assert build_pipeline(run).config.slice_frames == 3
+    made = validation_requests(run)
+    assert len(made) == run.experiment.rdtf.validation.clips
+
+    def receive(answer, src):
+        assert src == 0 and answer == [None] * len(answer)
+        answer[0] = pickle.loads(pickle.dumps(made))
+
+    monkeypatch.setattr(assembly, "decode_clip", lambda *arguments: pytest.fail("rank 1 read a clip"))
+    monkeypatch.setattr(engine.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(engine.dist, "broadcast_object_list", receive)
+    received = validation_requests(run)
+    assert [(r.name, r.prompt, r.seed, list(r.visible)) for r in received] == [(r.name, r.prompt, r.seed, list(r.visible)) for r in made]
+    assert all((r.visible[n] == m.visible[n]).all() for r, m in zip(received, made, strict=True) for n in m.visible)

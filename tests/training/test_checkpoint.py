@@ -89,8 +89,9 @@ def test_another_run_is_refused_by_what_differs(session, tmp_path, must_match, t
     run.save(tmp_path)
     other = session()
     before = other.tensors()
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=told) as caught:
         resume(other.engine, other.ema, tmp_path, Identity(must_match, {}))
+    assert caught.value.everywhere
     assert all(torch.equal(a, b) for a, b in zip(before, other.tensors(), strict=True))
 
 
@@ -145,8 +146,9 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(session, tmp_pat
     resumed = resume(other.engine, other.ema, tmp_path, IDENTITY)
     assert resumed.state == {"step": 1} and "step00000002" in resumed.notes[0]
     damage(tmp_path / tag_of(1))
-    with pytest.raises(UserError, match="none is complete"):
+    with pytest.raises(UserError, match="none is complete") as caught:
         resume(other.engine, other.ema, tmp_path, IDENTITY)
+    assert caught.value.everywhere
 
 
 def test_a_resumed_run_replaces_the_damaged_checkpoint(session, tmp_path):

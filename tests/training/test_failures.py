@@ -3,7 +3,10 @@ from __future__ import annotations
 import pytest
 
 from rdtf_ds.data.dataset import NoUsableClip
-from rdtf_ds.errors import UserError
+from rdtf_ds.data.quarantine import TooManyBadFiles
+from rdtf_ds.errors import UserError, on_every_rank
+from rdtf_ds.training import checkpoint, engine
+from rdtf_ds.training.engine import LossScaleExhausted, NonFiniteLoss
 from rdtf_ds.training.failures import exit_code_of
 
 
@@ -20,13 +23,35 @@ def test_a_user_error_is_one_paragraph(capsys):
     assert capsys.readouterr().err == "Error: key = 3: must be even\n"
 
 
-def test_ranks_other_than_zero_leave_shared_errors_to_it(capsys, monkeypatch):
+SHARED = [on_every_rank(UserError("x")), TooManyBadFiles("x"), NonFiniteLoss("x"), LossScaleExhausted("x")]
+
+
+@pytest.mark.parametrize("error", SHARED, ids=lambda error: type(error).__name__)
+def test_rank_zero_speaks_for_all_that_raise_the_same(capsys, monkeypatch, error):
     monkeypatch.setenv("RANK", "1")
-    assert run(UserError("shared")) == 2
-    assert run(KeyboardInterrupt()) == 130
-    assert capsys.readouterr().err == ""
-    assert run(NoUsableClip("mine alone")) == 2
-    assert "mine alone" in capsys.readouterr().err
+    assert run(error) == 2 and capsys.readouterr().err == ""
+    monkeypatch.setenv("RANK", "0")
+    assert run(error) == 2 and capsys.readouterr().err == "Error: x\n"
+
+
+@pytest.mark.parametrize("kind", [UserError, NoUsableClip])
+def test_what_one_rank_meets_alone_it_tells(capsys, monkeypatch, kind):
+    monkeypatch.setenv("RANK", "3")
+    on_every_rank(kind("another"))  # marks that one, not its class
+    assert run(kind("mine alone")) == 2
+    assert capsys.readouterr().err == "Error on rank 3: mine alone\n"
+
+
+def test_errors_that_ranks_agree_on_are_marked(process_group):
+    def fail():
+        raise UserError("no folder")
+
+    with pytest.raises(UserError, match="no folder") as caught:
+        engine.on_rank_zero(fail)
+    assert caught.value.everywhere
+    with pytest.raises(UserError, match="rank 0: full") as caught:
+        checkpoint._vote("full")
+    assert caught.value.everywhere
 
 
 def test_a_loader_workers_error_comes_without_its_traceback(capsys):
@@ -38,9 +63,20 @@ def test_a_loader_workers_error_comes_without_its_traceback(capsys):
     assert capsys.readouterr().err == "Error: sample 3: nothing can be decoded\n"
 
 
-def test_ctrl_c_is_quiet(capsys):
-    assert run(KeyboardInterrupt()) == 130
-    assert "Traceback" not in capsys.readouterr().err
+def test_ctrl_c_says_where_the_run_goes_on(capsys, monkeypatch, tmp_path):
+    for folder in (None, tmp_path):
+        assert run(KeyboardInterrupt(), folder) == 130
+        said = capsys.readouterr().err
+        assert said.startswith("\nInterrupted; no checkpoint") and "Traceback" not in said
+    (tmp_path / "checkpoints" / "step00000004.partial").mkdir(parents=True)
+    run(KeyboardInterrupt(), tmp_path)
+    assert "no checkpoint" in capsys.readouterr().err
+    for name in ("step00000002", "step00000003"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    run(KeyboardInterrupt(), tmp_path)
+    assert "goes on from the last complete checkpoint, step00000003." in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    assert run(KeyboardInterrupt(), tmp_path) == 130 and capsys.readouterr().err == ""
 
 
 def test_a_bug_leaves_its_traceback_in_a_file(capsys, tmp_path):
