@@ -212,7 +212,7 @@ _DATA = (
     ),
     Mutant(
         name="alpha ignored",
-        file="rdtf_ds/data/decoding.py",
+        file="rdtf_ds/data/clip.py",
         old='canvas.paste(frame, mask=frame.getchannel("A") if frame.mode == "RGBA" else None)',
         new="canvas.paste(frame)",
         tests=("tests/data/test_decoding.py",),

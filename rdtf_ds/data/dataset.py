@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from rdtf_ds.data.captions import NO_CAPTION, hide_words
+from rdtf_ds.data.clip import ClipError, DecodeLimits
 from rdtf_ds.data.clustering import choose_frames, frame_features
-from rdtf_ds.data.decoding import ClipError, DecodeLimits, decode_clip
+from rdtf_ds.data.decoding import decode_clip
 from rdtf_ds.data.index import ClipIndex
 from rdtf_ds.data.quarantine import Problem
 from rdtf_ds.data.step_plan import SamplePlan

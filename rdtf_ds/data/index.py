@@ -22,7 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rdtf_ds.data.captions import CLIP_SUFFIXES, read_captions
-from rdtf_ds.data.decoding import ClipError, DecodeLimits, probe_clip
+from rdtf_ds.data.clip import ClipError, DecodeLimits
+from rdtf_ds.data.decoding import probe_clip
 from rdtf_ds.data.quarantine import Problem
 from rdtf_ds.data.video import close_child_reader
 from rdtf_ds.data.writing import write_atomically

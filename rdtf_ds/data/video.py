@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from rdtf_ds.data.decoding import ClipError, ClipInfo, DecodeLimits, check_shape, letterbox
+from rdtf_ds.data.clip import ClipError, ClipInfo, DecodeLimits, check_shape, letterbox
 from rdtf_ds.data.headers import sniff_format
 from rdtf_ds.diffusion.masks import evenly_spaced
 

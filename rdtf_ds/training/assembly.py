@@ -17,8 +17,9 @@ from rdtf_ds.curriculum.curriculum import Curriculum
 from rdtf_ds.curriculum.loss_signal import TimestepNormaliser
 from rdtf_ds.curriculum.pid import PIDController, PIDGains
 from rdtf_ds.curriculum.static import StaticSchedule
+from rdtf_ds.data.clip import ClipError, DecodeLimits
 from rdtf_ds.data.dataset import DropRates, LatentShape, StickerDataset
-from rdtf_ds.data.decoding import ClipError, DecodeLimits, decode_clip
+from rdtf_ds.data.decoding import decode_clip
 from rdtf_ds.data.index import ClipIndex, build_index
 from rdtf_ds.data.loader import PlannedLoader
 from rdtf_ds.data.quarantine import Problem, Quarantine

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from rdtf_ds.data.clip import DecodeLimits
 from rdtf_ds.data.dataset import DropRates, LatentShape, StickerDataset
-from rdtf_ds.data.decoding import DecodeLimits
 from rdtf_ds.data.index import build_index
 from rdtf_ds.data.step_plan import SamplePlan
 from rdtf_ds.data.writing import write_clip

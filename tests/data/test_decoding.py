@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rdtf_ds.data.apng import apng_frames
-from rdtf_ds.data.decoding import ClipError, DecodeLimits, decode_clip, letterbox, probe_clip
+from rdtf_ds.data.clip import ClipError, DecodeLimits, letterbox
+from rdtf_ds.data.decoding import decode_clip, probe_clip
 from rdtf_ds.data.gif import gif_frames
 from rdtf_ds.data.writing import write_clip
 from tests.data.hand_made import BLUE, COLOURS, GREEN, RED, Layer, Patch, apng, chunk, gif

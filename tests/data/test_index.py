@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import rdtf_ds.data.index as index_module
-from rdtf_ds.data.decoding import DecodeLimits
+from rdtf_ds.data.clip import DecodeLimits
 from rdtf_ds.data.index import ClipIndex, build_index
 from rdtf_ds.data.quarantine import Problem
 from rdtf_ds.data.writing import write_clip

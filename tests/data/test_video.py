@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rdtf_ds.data.decoding import ClipError, DecodeLimits, decode_clip, probe_clip
+from rdtf_ds.data.clip import ClipError, DecodeLimits
+from rdtf_ds.data.decoding import decode_clip, probe_clip
 from rdtf_ds.data.video import VideoChild, child_reader, close_child_reader
 from rdtf_ds.data.writing import write_clip
 

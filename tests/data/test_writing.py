@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rdtf_ds.data.decoding import DecodeLimits, decode_clip, probe_clip
+from rdtf_ds.data.clip import DecodeLimits
+from rdtf_ds.data.decoding import decode_clip, probe_clip
 from rdtf_ds.data.writing import contact_sheet, write_clip
 from rdtf_ds.errors import UserError
 from tests.data.players import ffmpeg_frames, libwebp_frames, need

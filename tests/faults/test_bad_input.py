@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -132,7 +133,10 @@ def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path, stickers):
     folder = tmp_path / "run"
     options = ("--data_dir", str(stickers), "--max_steps", "5000", *FAST, "--set", "rdtf.data.workers=1")
     arguments = command("--output_dir", str(folder), *options)
-    process = subprocess.Popen(arguments, cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    # A suite started in the background of a shell inherits an ignored SIGINT, and so would the run.
+    heeding = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(arguments, cwd=ROOT, env=environment(), text=True, preexec_fn=heeding, **pipes)
     deadline = time.monotonic() + 300
     while not (folder / "metrics.jsonl").exists() or (folder / "metrics.jsonl").read_text().count("\n") < 3:
         assert process.poll() is None and time.monotonic() < deadline
