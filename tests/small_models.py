@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -101,5 +102,6 @@ def load_tool(project_root: Path, name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"tool_{name}", project_root / "tools" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     tool = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = tool  # where dataclasses look their annotations up
     spec.loader.exec_module(tool)
     return tool
