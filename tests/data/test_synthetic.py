@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -137,3 +139,14 @@ def test_held_out_folder_and_chosen_formats(tmp_path: Path):
     rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
     assert {row["text"] for row in rows} <= {sticker.caption for sticker in all_stickers(held_out=True)}
     assert all(row["file_name"].endswith(".gif") for row in rows)
+
+
+def test_every_process_writes_the_same_mp4(tmp_path: Path):
+    """x264's vector code does not, for frames this small: about every second process made other pixels."""
+    code = "import sys; from rdtf_ds.data.synthetic import write_stickers; write_stickers(sys.argv[1], 60, 0, 24, suffixes=('.mp4',))"
+    seen = set()
+    for number in range(4):
+        folder = tmp_path / str(number)
+        subprocess.run([sys.executable, "-c", code, str(folder)], check=True, timeout=120)
+        seen.add(b"".join(path.read_bytes() for path in sorted(folder.glob("*.mp4"))))
+    assert len(seen) == 1

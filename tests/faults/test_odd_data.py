@@ -11,8 +11,6 @@ from PIL import Image
 
 from tests.faults.test_bad_input import FAST, ROOT, environment
 
-STILLS = 3  # fewer frames than this are counted as static, broken or not past the first
-
 
 def reads_with_pillow(path: Path) -> bool:
     """Whether Pillow gets through every frame."""
