@@ -149,7 +149,18 @@ class CheckpointSection(_Section):
     """How often the whole state is written, and how many are kept."""
 
     interval: Positive = 500
-    keep: Annotated[int, Field(ge=2)] = 3
+    keep: Annotated[int, Field(ge=2)] = Field(default=3, description="of the newest; two that verify always stay")
+    keep_every: Annotated[int, Field(ge=0)] = Field(default=0, description="steps whose multiples stay for good; 0: none does")
+    key_file: str | None = Field(default=None, description="file with a secret that signs manifests; unsigned ones are then refused")
+    grace_s: Annotated[float, Field(gt=0)] = Field(default=25.0, description="seconds between a stop signal and the kill that follows it")
+
+
+class WatchdogSection(_Section):
+    """When a run is given up: hangs end it with a code that means "restart me", bad numbers send it back to the last checkpoint."""
+
+    stall_timeout_s: Annotated[float, Field(ge=0)] = Field(default=1800.0, description="without a step, save or sample; 0: never")
+    start_timeout_s: Annotated[float, Field(ge=0)] = Field(default=7200.0, description="from the start to the first step; 0: never")
+    bad_steps: Positive = Field(default=5, description="steps in a row, skipped for numbers that are not finite, before it goes back")
 
 
 class ValidationSection(_Section):
@@ -177,4 +188,5 @@ class RDTFSection(_Section):
     ema: EMASection = EMASection()
     memory: MemorySection = MemorySection()
     checkpoint: CheckpointSection = CheckpointSection()
+    watchdog: WatchdogSection = WatchdogSection()
     validation: ValidationSection = ValidationSection()

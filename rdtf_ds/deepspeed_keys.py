@@ -33,7 +33,7 @@ class BF16Section(_Section):
     """bfloat16 weights and gradients, fp32 masters; no loss scaling."""
 
     enabled: bool = False
-    check_grad_overflow: bool = True
+    check_grad_overflow: Literal[True] = True
 
 
 class ZeroSection(_Section):
@@ -100,6 +100,7 @@ REFUSED: dict[str, str] = {
 """Keys DeepSpeed knows and this project refuses, each with what to do instead. ``false`` and null say nothing and are dropped."""
 
 REMEDIES: dict[str, str] = {
+    "bf16.check_grad_overflow": "without it gradients that are not finite would reach the weights; remove the key",
     "zero_optimization.stage": "EMA, the checkpoints and their resharding are built on ZeRO-2's flat groups of fp32 masters",
     "zero_allow_untested_optimizer": "DeepSpeed would refuse the 8-bit optimizer; remove the key",
 }

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+from rdtf_ds.exit_codes import USER_ERROR
+
 E = TypeVar("E", bound="UserError")
 
 
 class UserError(Exception):
-    """Bad input: the message names the value, the key or file, and the remedy. Commands print it as one paragraph and exit 2.
+    """Bad input: the message names the value, the key or file, and the remedy. Commands print it as one paragraph and end.
 
     Attributes:
         everywhere: All ranks raise this same error together, so rank 0 speaks for them. Any other is told by each rank that meets it.
+        exit_code: What the command exits with.
     """
 
     everywhere: bool = False
+    exit_code: int = USER_ERROR
 
 
 def on_every_rank(error: E) -> E:

@@ -19,6 +19,8 @@ from rdtf_ds.deepspeed_keys import DeepSpeedSection
 from rdtf_ds.errors import UserError
 
 Precision = Literal["fp32", "fp16", "bf16"]
+RANK_QUANTUM = 192
+"""A run may have as many ranks as divide this: its optimizer groups are padded so that those can share them in whole 8-bit blocks."""
 
 
 class ExperimentError(UserError):
@@ -51,14 +53,20 @@ class Experiment:
         """Micro-batches each of ``world_size`` GPUs works through in one optimizer step.
 
         Raises:
-            UserError: the global batch cannot be split that way; names the GPU counts and micro-batches that can.
+            UserError: the global batch or the optimizer's state cannot be split that way; names the GPU counts and micro-batches that can.
         """
         if world_size < 1:
             raise ExperimentError(f"{world_size} GPUs: at least one process is needed")
         each = self.micro_batch * world_size
-        if self.global_batch % each == 0:
+        fits = self.global_batch % each == 0
+        if fits and RANK_QUANTUM % world_size == 0:
             return self.global_batch // each
-        worlds = ", ".join(map(str, divisors(self.global_batch // self.micro_batch)))
+        worlds = ", ".join(str(world) for world in divisors(self.global_batch // self.micro_batch) if RANK_QUANTUM % world == 0)
+        if fits:
+            raise ExperimentError(
+                f"{world_size} GPUs cannot share the optimizer's 8-bit state in whole blocks, so that checkpoints could not be moved to "
+                f"another number of them. GPU counts that can and that fit train_batch_size = {self.global_batch}: {worlds}."
+            )
         micros = ", ".join(map(str, divisors(self.global_batch // world_size))) if self.global_batch % world_size == 0 else "none"
         raise ExperimentError(
             f"train_batch_size = {self.global_batch} cannot be split over {world_size} GPUs with train_micro_batch_size_per_gpu = "

@@ -9,17 +9,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import struct
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-from rdtf_ds.checkpoint_weights import CheckpointError, CheckpointWeights, Weights, find_step_folder
+from rdtf_ds.checkpoints.durable import sync
+from rdtf_ds.checkpoints.manifest import CheckpointError, read_key
+from rdtf_ds.checkpoints.store import find_step_folder
+from rdtf_ds.checkpoints.tensor_files import write_safetensors
+from rdtf_ds.checkpoints.weights import CheckpointWeights, Weights
 from rdtf_ds.config import RDTFSection
 from rdtf_ds.errors import UserError
 from rdtf_ds.model_card import model_card
@@ -69,6 +72,8 @@ def export(
     out = Path(out)
     _refuse_occupied(out)
     section = _run_config(source, encoders or {})
+    if section.checkpoint.key_file is not None:
+        source = CheckpointWeights(source.folder, read_key(section.checkpoint.key_file))  # now that it must be signed
     unet = _empty_model(source)
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
@@ -79,7 +84,7 @@ def export(
         (partial / "README.md").write_text(model_card(section, source, weights), encoding="utf-8")
         size = _flush_to_disk(partial)
         partial.rename(out)  # replaces an empty folder
-        _sync(out.parent)
+        sync(out.parent)
     except OSError as error:
         raise UserError(f"cannot write '{out}': {error.strerror or error}. Choose another folder, or make room.") from error
     finally:
@@ -100,24 +105,13 @@ def write_fp16(file: BinaryIO, shapes: Mapping[str, tuple[int, ...]], parameters
         UnexportableWeight: NaN, infinity, or a magnitude above 65504.
         ValueError: parameters that are not those of ``shapes``.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, shape in shapes.items():
-        length = 2 * torch.Size(shape).numel()
-        header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [offset, offset + length]}
-        offset += length
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # the format aligns data to 8 bytes
-    file.write(struct.pack("<Q", len(encoded)) + encoded)
-    expected = iter(shapes.items())
-    for name, tensor in parameters:
-        if next(expected, None) != (name, tuple(tensor.shape)):
-            raise ValueError(f"{name} {tuple(tensor.shape)} is not the parameter announced at this place")
-        refuse_unexportable(name, tensor)
-        file.write(tensor.to(torch.float16).contiguous().numpy().tobytes())
-    missing = next(expected, None)
-    if missing is not None:
-        raise ValueError(f"{missing[0]} was announced and never came")
+    specs = {name: (torch.float16, tuple(shape)) for name, shape in shapes.items()}
+    write_safetensors(file, specs, ((name, _as_fp16(name, tensor)) for name, tensor in parameters))
+
+
+def _as_fp16(name: str, tensor: Tensor) -> Tensor:
+    refuse_unexportable(name, tensor)
+    return tensor.to(torch.float16)
 
 
 def refuse_unexportable(name: str, tensor: Tensor) -> None:
@@ -197,14 +191,6 @@ def _flush_to_disk(folder: Path) -> int:
     """fsync of every file and folder below; returns the bytes of all files."""
     size = 0
     for path in [*folder.rglob("*"), folder]:
-        _sync(path)
+        sync(path)
         size += path.stat().st_size if path.is_file() else 0
     return size
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

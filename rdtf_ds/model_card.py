@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from string import Template
 
-from rdtf_ds.checkpoint_weights import CheckpointWeights, Weights
+from rdtf_ds.checkpoints.weights import CheckpointWeights, Weights
 from rdtf_ds.config import RDTFSection
 
 _CARD = Template("""\

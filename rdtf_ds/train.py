@@ -13,6 +13,12 @@ if Path(sys.path[0]).resolve() == PACKAGE:
     # Started as a script, Python puts this folder first: its modules must not be found without the package's name.
     sys.path[0] = str(PACKAGE.parent)
 
+if __name__ == "__main__":
+    # Before anything heavy is imported: the parent stays behind and watches, this process is its child from here on.
+    from rdtf_ds.training.supervisor import supervise
+
+    supervise()
+
 import argparse  # noqa: E402
 import logging  # noqa: E402
 import os  # noqa: E402
@@ -25,13 +31,21 @@ for chatty in ("xformers", "bitsandbytes"):
 import torch  # noqa: E402
 
 from rdtf_ds.data.dataset import Batch  # noqa: E402
+from rdtf_ds.exit_codes import DONE  # noqa: E402
 from rdtf_ds.experiment import Experiment, load_experiment  # noqa: E402
 from rdtf_ds.models.attention import resolve_backend  # noqa: E402
-from rdtf_ds.training import checkpoint  # noqa: E402
-from rdtf_ds.training.assembly import Run, build_pipeline, build_run, validation_requests, write_config  # noqa: E402
+from rdtf_ds.training.assembly import Run, build_pipeline, build_run, prepare_folder, validation_requests, write_config  # noqa: E402
+from rdtf_ds.training.checkpoint import Resumed, Saved, SaveFailed  # noqa: E402
+from rdtf_ds.training.collectives import any_rank, gather_objects, on_rank_zero  # noqa: E402
 from rdtf_ds.training.dry_run import describe  # noqa: E402
-from rdtf_ds.training.engine import on_rank_zero, start_distributed, stop_distributed  # noqa: E402
+from rdtf_ds.training.engine import start_distributed, stop_distributed  # noqa: E402
 from rdtf_ds.training.failures import exit_code_of  # noqa: E402
+from rdtf_ds.training.incidents import NumbersWentBad  # noqa: E402
+from rdtf_ds.training.interruptions import Interruptions, ignore_stops  # noqa: E402
+from rdtf_ds.training.recovery import name_what_went_bad, send_back  # noqa: E402
+from rdtf_ds.training.run_lock import RunLock  # noqa: E402
+from rdtf_ds.training.run_state import describe_save, resume, save  # noqa: E402
+from rdtf_ds.training.supervisor import heartbeat, leave  # noqa: E402
 from rdtf_ds.training.telemetry import RunLog, StepRecord, Stopwatch  # noqa: E402
 from rdtf_ds.training.validation import Validation  # noqa: E402
 
@@ -65,48 +79,89 @@ def train_step(run: Run, step: int, batches: list[Batch], watch: Stopwatch) -> S
         watch.lap("backward")
 
     outcome = run.engine.step()
-    if outcome.applied and run.ema is not None:
-        run.ema.update()
+    if outcome.applied:
+        run.last_applied = plan
+        if run.ema is not None:
+            run.ema.update()
     watch.lap("step")
 
     # A skipped step is attempted, not applied: plans move on, schedule and PID do not.
     signal = outcome.loss if outcome.applied else None
     run.queue.push(run.curriculum.observe(run.queue.state, signal, outcome.sample_losses, outcome.timesteps))
-    run.merge_problems([problem for batch in batches for problem in batch.problems])
     return StepRecord(plan, outcome, snapshot, watch.read())
 
 
-def train(run: Run, log: RunLog, first_step: int) -> None:
-    """All steps from ``first_step`` on, with checkpoints and validation between them."""
-    rdtf = run.experiment.rdtf
+def train(run: Run, log: RunLog, first_step: int, interruptions: Interruptions) -> int:
+    """All steps from ``first_step`` on, with checkpoints and validation between them, until the last or until asked to stop.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        NumbersWentBad: Too many steps in a row had numbers that are not finite.
+        SaveFailed: The last state of all is not on disk.
+    """
+    rdtf, rank = run.experiment.rdtf, run.engine.rank
+
+    def asked() -> list[bool]:
+        """Whether any rank was asked to save, and to stop."""
+        return any_rank(*interruptions.poll(rank))
+
+    if asked()[1]:
+        return stopped(run, log, interruptions)  # while it started
     validate = Validation(build_pipeline(run), validation_requests(run), rdtf.validation.steps) if rdtf.validation.interval else None
     steps = run.loader.steps(first_step, rdtf.max_steps)
     with closing(steps):  # type: ignore[type-var]  # a generator; closed, it ends its workers
+        heartbeat().beat("step")
         watch = Stopwatch()
         for step, batches in steps:
-            log.step(train_step(run, step, batches, watch))
+            record = train_step(run, step, batches, watch)
+            log.step(record)
+            if record.outcome.bad:
+                name_what_went_bad(run, log, batches, record)
+            run.bad_steps.observe(record.plan, record.outcome)
             done = step + 1
-            if validate is not None and (done % rdtf.validation.interval == 0 or done == rdtf.max_steps):
-                validate(run.engine, run.ema, run.folder, log, done)
-            if done % rdtf.checkpoint.interval == 0 or done == rdtf.max_steps:
-                save(run, log)
+            last = done == rdtf.max_steps
+
+            problems = [problem for batch in batches for problem in batch.problems]
+            broken, to_save, to_stop = any_rank(bool(problems), *interruptions.poll(rank))
+            if broken:
+                run.merge_problems(problems)
+            if validate is not None and not to_stop and (done % rdtf.validation.interval == 0 or last):
+                heartbeat().beat("validation")
+                validate(run.engine, run.ema, run.folder, log, done, interruptions.noticed)
+                to_save, to_stop = asked()
+            # Amid bad steps there is nothing worth keeping, and it would become what the run goes back to.
+            due = done % rdtf.checkpoint.interval == 0 and not run.bad_steps.count
+            if due or to_save or to_stop or last:
+                heartbeat().beat("save")
+                saved = save(run, log)
+                if (to_stop or last) and isinstance(saved, SaveFailed):
+                    raise saved
+                interruptions.done_saving()
+                to_stop = asked()[1] and (to_stop or isinstance(saved, Saved))  # asked while it saved, there is nothing more to save
+            if to_stop and not last:
+                return stopped(run, log, interruptions)
+            heartbeat().beat("step")
             watch = Stopwatch()
+    return DONE
 
 
-def save(run: Run, log: RunLog) -> None:
-    """Commit a checkpoint; the log before it is on disk first, so that a resume finds every earlier line."""
-    log.flush()
-    state = {"attempted_steps": run.engine.attempted_steps, "applied_steps": run.engine.applied_steps, "plans": run.queue.state_dict()}
-    folder = run.folder / "checkpoints"
-    checkpoint.save(run.engine, run.ema, folder, state, run.identity, run.description, run.experiment.rdtf.checkpoint.keep)
+def stopped(run: Run, log: RunLog, interruptions: Interruptions) -> int:
+    """Say why the run ends before its last step; the exit code, the same on all ranks."""
+    answers = gather_objects((interruptions.exit_code, interruptions.stopped_by))
+    code, reason = min(answer for answer in answers if answer[1])
+    log.say(f"Stopped by {reason} after {run.engine.attempted_steps} steps, which are saved. The same command goes on from here.")
+    return int(code)
 
 
-def announce(log: RunLog, run: Run, resumed: checkpoint.Resumed | None) -> None:
+def announce(log: RunLog, run: Run, resumed: Resumed | None) -> None:
     """What is about to be trained, and from where."""
     log.say(run.index.summary())
     parameters = sum(group.numel for group in run.engine.groups)
     engine = run.engine
     log.say(f"DFGN with {parameters:,} parameters in {len(engine.groups)} groups, {engine.world_size} rank(s), {run.experiment.precision}")
+    log.say(describe_save(run))
     log.say(f"STI attention runs on {resolve_backend(run.experiment.rdtf.model.attention_backend, engine.device.type)}")
     for warning in run.experiment.warnings:
         log.say(f"Warning: {warning}")
@@ -116,8 +171,8 @@ def announce(log: RunLog, run: Run, resumed: checkpoint.Resumed | None) -> None:
         log.say(f"Resumed after {resumed.step} steps.")
 
 
-def main(options: argparse.Namespace, experiment: Experiment) -> None:
-    """Build or resume the run, train it, leave cleanly."""
+def main(options: argparse.Namespace, experiment: Experiment) -> int:
+    """Build the run, train it, leave cleanly; the exit code."""
     rdtf = experiment.rdtf
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
@@ -125,23 +180,45 @@ def main(options: argparse.Namespace, experiment: Experiment) -> None:
     if options.dry_run:
         if plan := describe(experiment, world_size, device):
             print(plan)
-        return
+        return DONE
     experiment.check_device(cuda, world_size, torch.cuda.get_device_capability(device) if cuda else None)
+    folder = Path(rdtf.output_dir)
+    heartbeat().watch(folder, rdtf.watchdog.start_timeout_s, rdtf.watchdog.stall_timeout_s)
     rank, world_size = start_distributed(device.type, rdtf.verify_fp16_on_cpu)
     try:
-        run = build_run(experiment, rank, world_size, device)
-        resumed = checkpoint.resume(run.engine, run.ema, run.folder / "checkpoints", run.identity)
-        if resumed is not None:
-            run.queue.load_state_dict(resumed.state["plans"])
-        on_rank_zero(lambda: write_config(run.folder, experiment))
-        first_step = 0 if resumed is None else resumed.step
-        with RunLog(run.folder, rank, first_step, rdtf.max_steps, experiment.resolved()) as log:
-            announce(log, run, resumed)
-            if first_step < rdtf.max_steps:
-                train(run, log, first_step)
-            log.say(f"Done: {run.engine.attempted_steps} steps are in {run.folder}. --max_steps above {rdtf.max_steps} goes on from here.")
+        on_rank_zero(lambda: prepare_folder(folder))
+        with RunLock(folder, on_rank_zero=on_rank_zero):
+            heartbeat().claim()
+            run = build_run(experiment, rank, world_size, device)
+            resumed = resume(run)
+            with Interruptions(folder) as interruptions:  # before there is a state of its own, a signal may just end it
+                return rounds(run, resumed, interruptions)
     finally:
+        ignore_stops()
         stop_distributed()
+
+
+def rounds(run: Run, resumed: Resumed | None, interruptions: Interruptions) -> int:
+    """Train; once numbers went bad, again from the last checkpoint, without the samples they went bad with."""
+    rdtf = run.experiment.rdtf
+    while True:
+        on_rank_zero(lambda: write_config(run.folder, run.experiment))
+        first_step = 0 if resumed is None else resumed.step
+        with RunLog(run.folder, run.engine.rank, first_step, rdtf.max_steps, run.experiment.resolved()) as log:
+            announce(log, run, resumed)
+            try:
+                if resumed is None and isinstance(failed := save(run, log), SaveFailed):
+                    raise failed  # better now than at the first checkpoint
+                code = train(run, log, first_step, interruptions) if first_step < rdtf.max_steps else DONE
+            except NumbersWentBad as bad:
+                log.alarm(send_back(run, bad))
+                heartbeat().beat("resume")
+                resumed = resume(run, gone_bad=bad)
+                continue
+            if run.engine.attempted_steps >= rdtf.max_steps:
+                more = f"--max_steps above {rdtf.max_steps} goes on from here"
+                log.say(f"Done: {run.engine.attempted_steps} steps are in {run.folder}. {more}.")
+            return code
 
 
 def run_command(arguments: list[str]) -> int:
@@ -149,7 +226,7 @@ def run_command(arguments: list[str]) -> int:
     options = parse_arguments(arguments)
     folder: list[Path] = []
 
-    def command() -> None:
+    def command() -> int:
         experiment = load_experiment(
             options.deepspeed_config,
             options.set,
@@ -159,10 +236,10 @@ def run_command(arguments: list[str]) -> int:
             seed=options.seed,
         )
         folder.append(Path(experiment.rdtf.output_dir))
-        main(options, experiment)
+        return main(options, experiment)
 
     return exit_code_of(command, lambda: folder[0] if folder else None, options.traceback)
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(sys.argv[1:]))
+    leave(run_command(sys.argv[1:]))

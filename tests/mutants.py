@@ -154,15 +154,15 @@ _PLANS = (
     Mutant(
         name="task seed without the sample number",
         file="rdtf_ds/data/step_plan.py",
-        old='numpy_generator(self.seed, number, "task")',
-        new='numpy_generator(self.seed, "task")',
+        old='numpy_generator(self.seed, *draw_key(number, "task", attempt))',
+        new='numpy_generator(self.seed, *draw_key(0, "task", attempt))',
         tests=("tests/data/test_step_plan.py",),
     ),
     Mutant(
         name="noise seed without the sample number",
         file="rdtf_ds/data/dataset.py",
-        old='torch_generator(self.seed, plan.sample_number, "noise")',
-        new='torch_generator(self.seed, "noise")',
+        old='torch_generator(self.seed, *draw_key(plan.sample_number, "noise", plan.attempt))',
+        new='torch_generator(self.seed, *draw_key(0, "noise", plan.attempt))',
         tests=("tests/data/test_dataset.py",),
     ),
     Mutant(
@@ -316,10 +316,10 @@ _TRAINING = (
     ),
     Mutant(
         name="a damaged checkpoint is loaded",
-        file="rdtf_ds/training/checkpoint.py",
-        old='if _sha256(path / name) != expected["sha256"]:',
-        new="if not _sha256(path / name):",
-        tests=("tests/training/test_checkpoint.py",),
+        file="rdtf_ds/checkpoints/manifest.py",
+        old='if digest_file(path).sha256 != expected["sha256"]:',
+        new="if not digest_file(path).sha256:",
+        tests=("tests/checkpoints/test_manifest.py",),
     ),
     Mutant(
         name="a resumed log holds a step twice",
@@ -351,11 +351,91 @@ _GENERATION = (
     ),
     Mutant(
         name="masters exported where the mean was asked for",
-        file="rdtf_ds/checkpoint_weights.py",
+        file="rdtf_ds/checkpoints/weights.py",
         old='if weights == "master":',
         new='if weights in ("master", "ema"):',
         tests=("tests/test_export.py",),
     ),
 )
 
-MUTANTS: tuple[Mutant, ...] = (*_DIFFUSION, *_CURRICULUM, *_PLANS, *_DATA, *_MODELS, *_TRAINING, *_GENERATION)
+_FAULTS = (
+    Mutant(
+        name="a file is committed before its bytes are on the disk",
+        file="rdtf_ds/checkpoints/durable.py",
+        old="        os.fsync(file.fileno())",
+        new="        file.fileno()",
+        tests=("tests/faults/test_power_cuts.py",),
+    ),
+    Mutant(
+        name="a rename is not flushed",
+        file="rdtf_ds/checkpoints/durable.py",
+        old="    sync(target.parent)",
+        new="    pass",
+        tests=("tests/faults/test_power_cuts.py",),
+    ),
+    Mutant(
+        name="a manifest is believed without its seal",
+        file="rdtf_ds/checkpoints/manifest.py",
+        old="if not sound or seal != hashlib.sha256(text).hexdigest():",
+        new="if not sound or seal is None:",
+        tests=("tests/checkpoints/test_manifest.py",),
+    ),
+    Mutant(
+        name="damaged checkpoints count among those that stay",
+        file="rdtf_ds/checkpoints/store.py",
+        old="elif path.name in self._verified or kept >= _LEAST_VERIFIED or self.flaw(path) is None:",
+        new="else:",
+        tests=("tests/checkpoints/test_store.py",),
+    ),
+    Mutant(
+        name="a failed write is committed",
+        file="rdtf_ds/training/checkpoint.py",
+        old='failures = [f"rank {rank}: {text}" for rank, text in enumerate(gather_objects(failure)) if text]',
+        new="failures = [text for text in gather_objects(None) if text]",
+        tests=("tests/training/test_checkpoint.py",),
+    ),
+    Mutant(
+        name="files are not read again before the commit",
+        file="rdtf_ds/training/checkpoint.py",
+        old="failure = failure or _save_beside(engine, ema, partial, state, files) or _not_as_written(partial, files)",
+        new="failure = failure or _save_beside(engine, ema, partial, state, files)",
+        tests=("tests/training/test_checkpoint.py",),
+    ),
+    Mutant(
+        name="the second half of a group goes to the first rank",
+        file="rdtf_ds/checkpoints/resharding.py",
+        old="return self.rank * length, (self.rank + 1) * length",
+        new="return 0, length",
+        tests=("tests/checkpoints/test_resharding.py",),
+    ),
+    Mutant(
+        name="a bad step passes for a search of the loss scale",
+        file="rdtf_ds/training/engine.py",
+        old="bad=not applied and not searching,",
+        new="bad=False,",
+        tests=("tests/training/test_engine.py",),
+    ),
+    Mutant(
+        name="a loss that is not finite trains",
+        file="rdtf_ds/training/engine.py",
+        old="self._ds.backward(mean * torch.where(torch.isfinite(mean.detach()), 1.0, math.nan))",
+        new="self._ds.backward(mean)",
+        tests=("tests/training/test_engine.py",),
+    ),
+    Mutant(
+        name="a passed-over sample keeps its noise",
+        file="rdtf_ds/data/dataset.py",
+        old='draw_key(plan.sample_number, "noise", plan.attempt)',
+        new='draw_key(plan.sample_number, "noise", 0)',
+        tests=("tests/data/test_dataset.py",),
+    ),
+    Mutant(
+        name="a stop signal is forgotten",
+        file="rdtf_ds/training/interruptions.py",
+        old="            self._stopped_by = self._signal",
+        new="            self._stopped_by = None",
+        tests=("tests/training/test_interruptions.py",),
+    ),
+)
+
+MUTANTS: tuple[Mutant, ...] = (*_DIFFUSION, *_CURRICULUM, *_PLANS, *_DATA, *_MODELS, *_TRAINING, *_GENERATION, *_FAULTS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import sys
@@ -59,11 +58,14 @@ def write_run(run: Path, model: DFGN, world_size: int, step: int = 5, group_size
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
+    from rdtf_ds.checkpoints.durable import digest_file
+    from rdtf_ds.checkpoints.manifest import write_manifest
+    from rdtf_ds.checkpoints.store import Tag
     from rdtf_ds.training.checkpoint import describe_groups
     from rdtf_ds.training.optimizer import split_parameters
 
     groups = split_parameters(model.named_parameters(), group_size, alignment=768, zero_initialised=model.zero_initialised_parameters())
-    folder = run / "checkpoints" / f"step{step:08d}"
+    folder = run / "checkpoints" / Tag(1, step).name
     folder.mkdir(parents=True)
     flats = [flatten([parameter for _, parameter in group.parameters], group.padding) for group in groups]
     for rank in range(world_size):
@@ -78,10 +80,10 @@ def write_run(run: Path, model: DFGN, world_size: int, step: int = 5, group_size
         torch.save({"optimizer_state_dict": state}, folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
         ema = {group.name: 2 * shard for group, shard in zip(groups, mine, strict=True)} | {"updates": torch.tensor(3)}
         save_file(ema, folder / f"ema_rank{rank:04d}.safetensors")
-    files = {path.name: {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in folder.iterdir()}
+    files = {path.name: digest_file(path).to_json() for path in folder.iterdir()}
     config = {key: value for key, value in model.config.items() if not key.startswith("_")}
-    manifest = {"format": 1, "step": step, "applied_steps": step - 1, "world_size": world_size, "model": config}
-    (folder / "MANIFEST.json").write_text(json.dumps({**manifest, "groups": describe_groups(groups), "files": files}))
+    manifest = {"tag": folder.name, "step": step, "applied_steps": step - 1, "world_size": world_size, "model": config}
+    write_manifest(folder, {**manifest, "groups": describe_groups(groups), "files": files})
     rdtf = {
         "data": {"image_size": SIDE, "synthetic_clips": 32},
         "encoders": {"autoencoder": f"haar:{FACTOR}", "clip": "tiny", "t5": "tiny"},

@@ -409,3 +409,18 @@ class TestAcrossKeys:
 
     def test_divisors(self) -> None:
         assert divisors(12) == [1, 2, 3, 4, 6, 12]
+
+
+def test_a_rank_count_that_cannot_share_8bit_blocks_is_refused():
+    experiment = load_experiment(CONFIGS / "tiny_cpu.json", ["train_batch_size=30"])
+    assert [experiment.accumulation(world) for world in (1, 2, 3, 6)] == [30, 15, 10, 5]
+    for world in (5, 10, 15, 30):
+        with pytest.raises(UserError, match=f"{world} GPUs cannot share .* train_batch_size = 30: 1, 2, 3, 6\\."):
+            experiment.accumulation(world)
+    with pytest.raises(UserError, match="fit this micro-batch: 1, 2, 3, 6;"):
+        experiment.accumulation(4)
+
+
+def test_bf16_without_overflow_checks_is_refused():
+    with pytest.raises(UserError, match="bf16.check_grad_overflow = false.*reach the weights"):
+        load_experiment(CONFIGS / "full_cpu.json", ["bf16.check_grad_overflow=false"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import shutil
@@ -16,7 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load, load_file, save
 
-from rdtf_ds.checkpoint_weights import CheckpointError, CheckpointWeights, find_step_folder
+from rdtf_ds.checkpoints.durable import digest_file
+from rdtf_ds.checkpoints.manifest import MANIFEST, CheckpointError, read_key, read_manifest, write_manifest
+from rdtf_ds.checkpoints.store import find_step_folder
+from rdtf_ds.checkpoints.weights import CheckpointWeights
 from rdtf_ds.errors import UserError
 from rdtf_ds.export import UnexportableWeight, export, write_fp16
 from rdtf_ds.models.missing import EncoderNotFound
@@ -39,11 +41,13 @@ def exported(run, tmp_path_factory):
     return export(run, out, "master")
 
 
-def reseal(step: Path, name: str) -> None:
-    """Makes the manifest agree with a file a test has changed."""
-    manifest = json.loads((step / "MANIFEST.json").read_text())
-    manifest["files"][name]["sha256"] = hashlib.sha256((step / name).read_bytes()).hexdigest()
-    (step / "MANIFEST.json").write_text(json.dumps(manifest))
+def reseal(step: Path, name: str | None = None, **changes: object) -> None:
+    """Writes the manifest anew: with the digest of a file a test has changed, or with other entries."""
+    manifest = {**read_manifest(step), **changes}
+    if name is not None:
+        manifest["files"][name] = digest_file(step / name).to_json()
+    (step / MANIFEST).unlink()
+    write_manifest(step, manifest)
 
 
 # --- weights
@@ -176,11 +180,13 @@ def test_newest_complete_step_of_a_run_is_taken(run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     steps = folder / "checkpoints"
-    (steps / "step00000009").mkdir()  # no manifest: never complete
-    shutil.copytree(steps / "step00000005", steps / "step00000012.partial")
-    shutil.copytree(steps / "step00000005", steps / "step00000007")
-    assert find_step_folder(folder) == find_step_folder(steps) == steps / "step00000007"
-    assert find_step_folder(steps / "step00000005") == steps / "step00000005"
+    first = steps / "step00000005-0001"
+    (steps / "step00000009-0004").mkdir()  # no manifest: never complete
+    shutil.copytree(first, steps / "step00000012-0005.partial")
+    shutil.copytree(first, steps / "step00000007-0003")
+    shutil.copytree(first, steps / "step00000008-0002")
+    assert find_step_folder(folder) == find_step_folder(steps) == steps / "step00000007-0003"
+    assert find_step_folder(first) == first
 
 
 def test_folders_without_a_checkpoint_are_named(tmp_path):
@@ -238,9 +244,7 @@ def test_shards_of_another_model_are_refused(run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     step = find_step_folder(folder)
-    manifest = json.loads((step / "MANIFEST.json").read_text())
-    manifest["model"]["block_out_channels"] = [16, 48]
-    (step / "MANIFEST.json").write_text(json.dumps(manifest))
+    reseal(step, model={**read_manifest(step)["model"], "block_out_channels": [16, 48]})
     with pytest.raises(CheckpointError, match="does not hold the model"):
         export(folder, tmp_path / "out")
     (step / "MANIFEST.json").write_text("{}")
@@ -260,3 +264,19 @@ def test_shards_too_short_for_their_parameters_are_refused(run, tmp_path):
     reseal(step, name)
     with pytest.raises(CheckpointError, match="not of one save"):
         export(folder, tmp_path / "out", "master")
+
+
+def test_a_signed_run_is_exported_only_with_its_signature(run, tmp_path):
+    folder, key = tmp_path / "run", tmp_path / "key"
+    shutil.copytree(run, folder)
+    key.write_text("a secret of enough bytes")
+    config = json.loads((folder / "config.json").read_text())
+    config["rdtf"]["checkpoint"] = {"key_file": str(key)}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="not signed with the key"):
+        export(folder, tmp_path / "out", "master")
+    step = find_step_folder(folder)
+    manifest = read_manifest(step)
+    (step / MANIFEST).unlink()
+    write_manifest(step, manifest, read_key(key))
+    assert export(folder, tmp_path / "out", "master").step == 5

@@ -1,7 +1,7 @@
 """Turns a planned micro-batch into tensors: decode, choose frames, hide words, drop conditions, draw timestep and noise.
 
 Everything random is drawn from ``derive_seed(seed, sample number, purpose)``, so a sample is the same whichever worker, rank,
-micro-batch or restart makes it.
+micro-batch or restart makes it. A sample that was passed over adds its attempt to each draw (`draw_key`).
 
 Legend: B samples, F frames of the longest sample of the micro-batch, H W pixels, C h w latent channels and size.
 """
@@ -21,7 +21,7 @@ from rdtf_ds.data.clustering import choose_frames, frame_features
 from rdtf_ds.data.decoding import decode_clip
 from rdtf_ds.data.index import ClipIndex
 from rdtf_ds.data.quarantine import Problem
-from rdtf_ds.data.step_plan import SamplePlan
+from rdtf_ds.data.step_plan import SamplePlan, draw_key
 from rdtf_ds.diffusion.masks import MAX_FRAMES, Task, evenly_spaced, level, loss_mask
 from rdtf_ds.errors import UserError
 from rdtf_ds.seeding import derive_seed, numpy_generator, torch_generator
@@ -141,18 +141,18 @@ class StickerDataset:
         chosen = self._choose(features, plan)
         caption, condition_mask = self._conditions(plan, self.index.rows[clip_id].caption)
         timestep = int(self._rng(plan, "timestep").integers(self.timesteps))
-        generator = torch_generator(self.seed, plan.sample_number, "noise")
+        generator = torch_generator(self.seed, *draw_key(plan.sample_number, "noise", plan.attempt))
         noise = torch.randn(self.latent.channels, self.frames, self.latent.size, self.latent.size, generator=generator)
         return _Sample(plan, clip_id, frames[chosen], caption, condition_mask, timestep, noise[:, : plan.k], problems)
 
     def _rng(self, plan: SamplePlan, purpose: str) -> np.random.Generator:
-        return numpy_generator(self.seed, plan.sample_number, purpose)
+        return numpy_generator(self.seed, *draw_key(plan.sample_number, purpose, plan.attempt))
 
     def _decode(self, plan: SamplePlan) -> tuple[int, np.ndarray, np.ndarray, list[Problem]]:
         """The planned clip, or the first stand-in that decodes: its id, frames, features, and what failed before it."""
         problems: list[Problem] = []
-        for attempt in range(_STAND_IN_ATTEMPTS + 1):
-            clip_id = plan.clip_id if attempt == 0 else self._stand_in(plan, attempt)
+        for failures in range(_STAND_IN_ATTEMPTS + 1):
+            clip_id = plan.clip_id if failures == 0 else self._stand_in(plan, failures)
             row = self.index.rows[clip_id]
             try:
                 frames, features = self._cache.get(clip_id) or self._cache.put(clip_id, self._decode_clip(clip_id))
@@ -173,12 +173,13 @@ class StickerDataset:
             raise ClipError(row.path, f"has {len(frames)} frames, but had {expected} when it was indexed: the file has changed")
         return frames, frame_features(frames)
 
-    def _stand_in(self, plan: SamplePlan, attempt: int) -> int:
+    def _stand_in(self, plan: SamplePlan, failures: int) -> int:
         """Another clip, from the seed alone: with enough frames for the planned mask if there is any."""
         ids = self.index.trainable[self.index.frame_counts >= plan.k]
         if not len(ids):
             ids = self.index.trainable
-        return int(ids[derive_seed(self.seed, plan.sample_number, "stand-in", attempt) % len(ids)])
+        key = draw_key(plan.sample_number, "stand-in", plan.attempt)
+        return int(ids[derive_seed(self.seed, *key, failures) % len(ids)])
 
     def _choose(self, features: np.ndarray, plan: SamplePlan) -> np.ndarray:
         """Numbers of the frames used, rising; only a stand-in with fewer than k frames shows some twice."""

@@ -8,6 +8,7 @@ ceil(workers × prefetch / A) steps ahead are drawn: that must stay within the q
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import signal
 from collections.abc import Iterator
 from itertools import count
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, Sampler
 from rdtf_ds.data.dataset import Batch, StickerDataset
 from rdtf_ds.data.step_plan import PlanQueue, SamplePlan
 from rdtf_ds.errors import UserError
+from rdtf_ds.processes import die_with_parent
 
 _PREFETCH = 2
 _log = logging.getLogger(__name__)
@@ -126,6 +128,12 @@ def _unwrap(result: Batch | UserError) -> Batch:
 
 
 def _start_worker(worker_id: int) -> None:
-    """Workers leave signals to the main process: it finishes its step and its checkpoint, and then ends them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Workers leave signals to the main process: it finishes its step and its checkpoint, and then ends them, or dies and they with it.
+
+    Forked, they have inherited where it writes the stacks of SIGUSR2.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None and parent.pid is not None
+    die_with_parent(parent.pid)  # even stuck where torch's own check for a lost parent is never reached

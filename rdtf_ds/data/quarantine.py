@@ -7,12 +7,15 @@ run goes on counting what training met, while the index, made anew at each start
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rdtf_ds.data.writing import write_atomically
 from rdtf_ds.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,7 @@ class Quarantine:
                 new.setdefault(problem.path, problem)
         self._problems.update(new)
         if new and self._write:
-            self._append(new.values())
+            self._save(new.values())
         if new and self.bad_fraction > self.max_bad_fraction:
             first = next(iter(self._problems.values()))
             raise TooManyBadFiles(
@@ -81,6 +84,12 @@ class Quarantine:
                 f"rdtf.data.max_bad_fraction ({self.max_bad_fraction:g}) allows, the first one '{first.path}': {first.reason}. A run lists "
                 f"them all in '{self.path}'. Mend or remove them and delete that list, or raise the limit."
             )
+
+    def _save(self, problems: Iterable[Problem]) -> None:
+        try:
+            self._append(problems)
+        except OSError as error:  # every checkpoint holds a copy
+            _log.error("'%s' could not be written (%s); free some space or see that it may be written", self.path, error.strerror)
 
     def _append(self, problems: Iterable[Problem]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

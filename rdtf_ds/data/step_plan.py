@@ -2,13 +2,16 @@
 
 Sample order depends on (seed, step) alone. k, tasks and masks are a pure function of (seed, step, curriculum state ``delay`` steps
 earlier), so a loader may work ``delay`` steps ahead, and a checkpoint needs only the last curriculum states.
+
+A sample with which the numbers went bad is passed over: it keeps its number and its step, and takes another clip and other draws.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,14 +20,18 @@ import numpy.typing as npt
 from rdtf_ds.curriculum.curriculum import Curriculum, CurriculumState
 from rdtf_ds.diffusion.masks import MAX_FRAMES, MIN_FRAMES, Mask, Task
 from rdtf_ds.errors import UserError
-from rdtf_ds.seeding import numpy_generator
+from rdtf_ds.seeding import derive_seed, numpy_generator
 
 _CACHED_EPOCHS = 2  # a global batch may straddle the border of two
+_NONE_PASSED_OVER: Mapping[int, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
 class SamplePlan:
-    """One sample: its number over the whole run, its clip, how many frames of it, and how they are masked (len(mask) == k)."""
+    """One sample: its number over the whole run, its clip, how many frames of it, and how they are masked (len(mask) == k).
+
+    ``attempt`` is how often it was passed over, 0 for nearly all: see `draw_key`.
+    """
 
     sample_number: int
     clip_id: int
@@ -32,6 +39,12 @@ class SamplePlan:
     task: Task
     mask: Mask
     text: bool
+    attempt: int = 0
+
+
+def draw_key(sample_number: int, purpose: str, attempt: int) -> tuple[int | str, ...]:
+    """What names one random draw of a sample, after the run's seed. Never passed over, it draws as if there were no attempts."""
+    return (sample_number, purpose, attempt) if attempt else (sample_number, purpose)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,24 +116,43 @@ class StepPlanner:
         if global_batch < 1:
             raise ValueError(f"global_batch must be at least 1, got {global_batch}")
 
-    def plan(self, step: int, state: CurriculumState) -> StepPlan:
-        """The plan of attempted step ``step`` (from 0), drawn from ``state``. The same arguments give the same plan everywhere."""
+    def plan(self, step: int, state: CurriculumState, passed_over: Mapping[int, int] = _NONE_PASSED_OVER) -> StepPlan:
+        """The plan of attempted step ``step`` (from 0), drawn from ``state``. The same arguments give the same plan everywhere.
+
+        Args:
+            passed_over: how often, by sample number; 0 for all others. k of the step does not depend on it.
+        """
         if step < 0:
             raise ValueError(f"steps count from 0, got {step}")
         k = self.curriculum.draw_k(state, numpy_generator(self.seed, step, "k")) if self.dual_mask else self.frames
         first = step * self.global_batch
-        samples = tuple(self._sample(number, k, state) for number in range(first, first + self.global_batch))
-        return StepPlan(step, k, samples)
+        numbers = range(first, first + self.global_batch)
+        return StepPlan(step, k, tuple(self._sample(number, k, state, passed_over.get(number, 0)) for number in numbers))
 
-    def _sample(self, number: int, k: int, state: CurriculumState) -> SamplePlan:
-        epoch, position = divmod(number, self._clip_ids.size)
-        row = self._permutation(epoch)[position]
+    def _sample(self, number: int, k: int, state: CurriculumState, attempt: int) -> SamplePlan:
+        row = self._row(number, attempt)
         clip_id, own_k = int(self._clip_ids[row]), min(k, int(self._frame_counts[row]))
         if not self.dual_mask:
             first_visible = tuple(frame == 0 for frame in range(own_k))
-            return SamplePlan(number, clip_id, own_k, Task.GENERATION, first_visible, text=True)
-        draw = self.curriculum.draw_task(state, own_k, numpy_generator(self.seed, number, "task"))
-        return SamplePlan(number, clip_id, own_k, draw.task, draw.mask, draw.text)
+            return SamplePlan(number, clip_id, own_k, Task.GENERATION, first_visible, text=True, attempt=attempt)
+        draw = self.curriculum.draw_task(state, own_k, numpy_generator(self.seed, *draw_key(number, "task", attempt)))
+        return SamplePlan(number, clip_id, own_k, draw.task, draw.mask, draw.text, attempt)
+
+    def _row(self, number: int, attempt: int) -> int:
+        """Row of ``clip_ids`` of a sample: its place in the epoch, or in a later attempt one that no earlier attempt had.
+
+        Once all clips had their turn, only the last one's row is barred.
+        """
+        epoch, position = divmod(number, self._clip_ids.size)
+        tried = [int(self._permutation(epoch)[position])]
+        for again in range(1, attempt + 1 if self._clip_ids.size > 1 else 1):
+            if len(tried) == self._clip_ids.size:
+                tried = tried[-1:]
+            row = derive_seed(self.seed, *draw_key(number, "passed over", again)) % (self._clip_ids.size - len(tried))
+            for barred in sorted(tried):  # counts the rows that are left: every barred one below moves it up
+                row += row >= barred
+            tried.append(row)
+        return tried[-1]
 
     def _permutation(self, epoch: int) -> npt.NDArray[np.int64]:
         """Rows of ``clip_ids`` in the order of one epoch, from (seed, epoch) alone."""
@@ -134,7 +166,7 @@ class StepPlanner:
 class PlanQueue:
     """Plans up to ``delay`` steps ahead: step s is drawn from the curriculum state as it was before step max(s − delay, 0).
 
-    Holds the last ``delay`` + 1 states, which is all that pending plans depend on.
+    Holds the last ``delay`` + 1 states, which with the samples passed over is all that pending plans depend on.
 
     Raises:
         ValueError: delay is negative.
@@ -147,6 +179,7 @@ class PlanQueue:
         self._delay = delay
         self._next_step = 0
         self._states = {0: planner.curriculum.initial()}  # of step s: the state before it
+        self._passed_over: dict[int, int] = {}
 
     @property
     def delay(self) -> int:
@@ -162,6 +195,29 @@ class PlanQueue:
     def state(self) -> CurriculumState:
         """The newest state: before ``next_step``."""
         return self._states[self._next_step]
+
+    @property
+    def passed_over(self) -> Mapping[int, int]:
+        """How often each sample was passed over, by sample number; only those that were. May be replaced as a whole.
+
+        Plans drawn before are not told of a change: start their loader anew.
+
+        Raises:
+            ValueError: a count below 1.
+        """
+        return MappingProxyType(self._passed_over)
+
+    @passed_over.setter
+    def passed_over(self, passed_over: Mapping[int, int]) -> None:
+        for number, times in passed_over.items():
+            if times < 1:
+                raise ValueError(f"sample {number} cannot have been passed over {times} times; leave it out")
+        self._passed_over = dict(passed_over)
+
+    def pass_over(self, sample_numbers: Iterable[int]) -> None:
+        """Count each of these samples as passed over once more."""
+        for number in sample_numbers:
+            self._passed_over[number] = self._passed_over.get(number, 0) + 1
 
     def push(self, state: CurriculumState) -> None:
         """Takes the state after ``next_step`` was attempted (a skipped step too) and moves on to the step after it."""
@@ -184,10 +240,13 @@ class PlanQueue:
         if needed not in self._states:
             oldest = min(self._states) + self._delay
             raise ValueError(f"step {step} is over: its curriculum state was dropped, the oldest plan left is that of step {oldest}")
-        return self._planner.plan(step, self._states[needed])
+        return self._planner.plan(step, self._states[needed], self._passed_over)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds, JSON-able and exact: the next step and the last states, oldest first."""
+        """What a checkpoint holds, JSON-able and exact: the next step and the last states, oldest first.
+
+        Samples passed over are left out: they follow from the run's incidents, which a checkpoint must not turn back.
+        """
         return {
             "next_step": self._next_step,
             "delay": self._delay,
@@ -195,7 +254,7 @@ class PlanQueue:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes the place of the queue that wrote ``state``: the same plans come out.
+        """Takes the place of the queue that wrote ``state``: the same plans come out, but for samples passed over since.
 
         Raises:
             UserError: it was written with another delay.

@@ -213,7 +213,7 @@ def _main() -> None:
     import resource
 
     resource.setrlimit(resource.RLIMIT_AS, (_CHILD_MEMORY_BYTES, _CHILD_MEMORY_BYTES))
-    for name in (signal.SIGINT, signal.SIGTERM):  # the run ends children itself, after its checkpoint
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the run ends children itself, after its checkpoint
         signal.signal(name, signal.SIG_IGN)
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever decord prints must not enter the protocol

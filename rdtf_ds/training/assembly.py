@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from rdtf_ds.checkpoints.manifest import read_key
+from rdtf_ds.checkpoints.store import CheckpointStore
 from rdtf_ds.config import RDTFSection
 from rdtf_ds.curriculum.curriculum import Curriculum
 from rdtf_ds.curriculum.loss_signal import TimestepNormaliser
@@ -23,7 +25,7 @@ from rdtf_ds.data.decoding import decode_clip
 from rdtf_ds.data.index import ClipIndex, build_index
 from rdtf_ds.data.loader import PlannedLoader
 from rdtf_ds.data.quarantine import Problem, Quarantine
-from rdtf_ds.data.step_plan import PlanQueue, StepPlanner
+from rdtf_ds.data.step_plan import PlanQueue, StepPlan, StepPlanner
 from rdtf_ds.data.synthetic import write_stickers
 from rdtf_ds.data.writing import write_atomically
 from rdtf_ds.diffusion.loss import alphas_cumprod
@@ -36,8 +38,10 @@ from rdtf_ds.models.text_conditioning import TextEncoders
 from rdtf_ds.pipeline import RDTFPipeline, ddim_scheduler
 from rdtf_ds.seeding import derive_seed
 from rdtf_ds.training.checkpoint import Identity
+from rdtf_ds.training.collectives import gather_objects, on_rank_zero
 from rdtf_ds.training.ema import ShardedEMA
-from rdtf_ds.training.engine import TrainingEngine, any_rank, gather_objects, on_rank_zero
+from rdtf_ds.training.engine import TrainingEngine
+from rdtf_ds.training.incidents import BadSteps, Incidents
 from rdtf_ds.training.objective import Objective
 from rdtf_ds.training.optimizer import ParameterGroup, split_parameters
 from rdtf_ds.training.validation import Request, make_requests
@@ -49,7 +53,13 @@ STICKERS = "stickers"
 
 @dataclass
 class Run:
-    """A run ready to step. Everything but weights, EMA, plans and quarantine stays as it was built."""
+    """A run ready to step. Everything but weights, EMA, plans, quarantine and incidents stays as it was built.
+
+    Attributes:
+        failed_saves: Checkpoints that could not be written since this start.
+        went_bad_at: Where the numbers of the last bad step first stopped being finite.
+        last_applied: Plan of the last step that changed the weights.
+    """
 
     experiment: Experiment
     folder: Path
@@ -61,6 +71,12 @@ class Run:
     queue: PlanQueue
     loader: PlannedLoader
     quarantine: Quarantine
+    store: CheckpointStore
+    incidents: Incidents
+    bad_steps: BadSteps
+    failed_saves: int = 0
+    went_bad_at: str = ""
+    last_applied: StepPlan | None = None
 
     @property
     def identity(self) -> Identity:
@@ -71,7 +87,6 @@ class Run:
         del keys["data"]["data_dir"], keys["data"]["workers"]  # neither changes what a sample is: the fingerprint speaks for the clips
         return Identity(
             must_match={
-                "world_size": self.engine.world_size,
                 "train_batch_size": self.experiment.global_batch,
                 "precision": self.experiment.precision,
                 "rdtf": {
@@ -80,7 +95,7 @@ class Run:
                     "optimizer": {"bits": rdtf.optimizer.bits, "group_size": rdtf.optimizer.group_size},
                     "ema": {"enabled": rdtf.ema.enabled},
                     # What the remembered means and integrals of the loss mean hangs on these.
-                    "curriculum": {key: keys["curriculum"][key] for key in ("error", "timestep_normalised", "timestep_buckets")},
+                    "curriculum": {key: keys["curriculum"][key] for key in ("error", "timestep_normalised", "timestep_buckets", "delay")},
                 },
             },
             may_differ={"data fingerprint": self.index.fingerprint, "rdtf": keys},
@@ -97,9 +112,8 @@ class Run:
 
     def merge_problems(self, problems: list[Problem]) -> None:
         """Quarantine what any rank could not decode, on all ranks alike, so that all stop together past the limit."""
-        if any_rank(bool(problems)):
-            everyones = [problem for part in gather_objects(problems) for problem in part]
-            self.quarantine.merge(sorted(everyones, key=lambda problem: (problem.sample_number or 0, problem.path)))
+        everyones = [problem for part in gather_objects(problems) for problem in part]
+        self.quarantine.merge(sorted(everyones, key=lambda problem: (problem.sample_number or 0, problem.path)))
 
 
 def schedule_steps(rdtf: RDTFSection) -> int:
@@ -128,7 +142,6 @@ def build_run(experiment: Experiment, rank: int, world_size: int, device: torch.
     """
     rdtf = experiment.rdtf
     folder = Path(rdtf.output_dir)
-    on_rank_zero(lambda: prepare_folder(folder))
     index = on_rank_zero(lambda: make_index(rdtf, folder))
     quarantine = Quarantine(folder / "quarantine.jsonl", rdtf.data.max_bad_fraction, len(index.rows), write=rank == 0)
     quarantine.merge(index.problems)
@@ -175,7 +188,28 @@ def build_run(experiment: Experiment, rank: int, world_size: int, device: torch.
         device=device,
         dtype=engine.dtype,
     )
-    return Run(experiment, folder, engine, ema, objective, index, curriculum, queue, loader, quarantine)
+    return Run(
+        experiment,
+        folder,
+        engine,
+        ema,
+        objective,
+        index,
+        curriculum,
+        queue,
+        loader,
+        quarantine,
+        build_store(rdtf, folder),
+        Incidents(folder / "incidents.jsonl", write=rank == 0),
+        BadSteps(rdtf.watchdog.bad_steps),
+    )
+
+
+def build_store(rdtf: RDTFSection, folder: Path) -> CheckpointStore:
+    """The run's folder of checkpoints."""
+    keys = rdtf.checkpoint
+    key = None if keys.key_file is None else read_key(keys.key_file)
+    return CheckpointStore(folder / "checkpoints", keys.keep, keys.keep_every, key)
 
 
 def prepare_folder(folder: Path) -> None:
@@ -193,7 +227,10 @@ def prepare_folder(folder: Path) -> None:
 
 def write_config(folder: Path, experiment: Experiment) -> None:
     """``config.json``, the resolved experiment; only once a resume was accepted, so that a refused one leaves the run's own."""
-    write_atomically(folder / "config.json", (json.dumps(experiment.resolved(), indent=2) + "\n").encode())
+    try:
+        write_atomically(folder / "config.json", (json.dumps(experiment.resolved(), indent=2) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"'{folder / 'config.json'}' cannot be written ({error.strerror}). Free some space and start again.") from error
 
 
 def make_index(rdtf: RDTFSection, folder: Path) -> ClipIndex:

@@ -1,36 +1,55 @@
-"""Checkpoints that resume a run exactly, committed as a whole or not at all.
+"""Saving and resuming by all ranks together: a checkpoint is committed as a whole or not at all, and loaded as a whole or not at all.
 
-``checkpoints/step00000005/`` holds the state after 5 attempted steps: DeepSpeed's shards (weights, masters, moments, loss scale,
-counters), ``ema_rank0000.safetensors`` of each rank, ``curriculum.json`` (PID, schedule position, pending plans) and ``MANIFEST.json``:
-size and SHA-256 of every file, what the run must share to go on from here, and the layout of the flat groups. Everything is written
-to ``step00000005.partial``, the manifest last, and renamed; a folder without the suffix was once complete.
+A folder of `CheckpointStore` holds DeepSpeed's shards (weights, masters, moments, loss scale, counters), ``ema_rank0000.safetensors``
+of each rank, ``curriculum.json`` (PID, schedule position, pending plans, quarantine, incidents) and the manifest. No rank raises alone
+between two collectives: what goes wrong on one is put to a vote, and all ranks take the same way.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial as partial_of
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
+from rdtf_ds.checkpoints import durable
+from rdtf_ds.checkpoints.durable import Digest, digest_file, write_file
+from rdtf_ds.checkpoints.manifest import CheckpointError, flaw_of
+from rdtf_ds.checkpoints.resharding import ema_shard
+from rdtf_ds.checkpoints.store import CheckpointStore
+from rdtf_ds.checkpoints.tensor_files import write_safetensors
+from rdtf_ds.checkpoints.weights import ema_name
 from rdtf_ds.errors import UserError, on_every_rank
+from rdtf_ds.exit_codes import DISK
+from rdtf_ds.training.collectives import gather_objects
 from rdtf_ds.training.ema import ShardedEMA
-from rdtf_ds.training.engine import TrainingEngine, gather_objects
+from rdtf_ds.training.engine import TrainingEngine
 from rdtf_ds.training.optimizer import ParameterGroup
+from rdtf_ds.training.shard_files import recovery_script
 
-FORMAT = 1
-MANIFEST = "MANIFEST.json"
 CURRICULUM = "curriculum.json"
-PARTIAL = ".partial"
+RECOVERY_SCRIPT = "zero_to_fp32.py"
 PACKAGES = ("torch", "deepspeed", "bitsandbytes", "diffusers")
+
+
+class SaveFailed(UserError):
+    """A checkpoint could not be written. Nothing was committed, what was there before is whole, and training can go on."""
+
+    everywhere = True
+    exit_code = DISK
+
+
+class WeightsNotFinite(UserError):
+    """The weights hold NaN or infinity: a checkpoint of them would be of no use."""
+
+    everywhere = True
 
 
 @dataclass(frozen=True)
@@ -38,7 +57,7 @@ class Identity:
     """What a run must have in common with a checkpoint to go on from it.
 
     Attributes:
-        must_match: Nested, JSON-able: model shape, seed, batch, ranks. Any difference is refused.
+        must_match: Nested, JSON-able: model shape, seed, batch. Any difference is refused.
         may_differ: The same for what only deserves a warning: the data's fingerprint.
     """
 
@@ -47,17 +66,22 @@ class Identity:
 
 
 @dataclass(frozen=True)
+class Saved:
+    """A committed checkpoint: its folder, its bytes, how long all of it took, and what went wrong after the commit."""
+
+    path: Path
+    bytes: int
+    seconds: float
+    trouble: str | None = None
+
+
+@dataclass(frozen=True)
 class Resumed:
-    """Where a run goes on: ``step`` attempted steps are behind it, ``state`` is what was given to `save`."""
+    """Where a run goes on: ``step`` attempted steps are behind it, ``state`` is what was given to `save_checkpoint`."""
 
     step: int
     state: dict[str, Any]
     notes: tuple[str, ...] = ()
-
-
-def tag_of(step: int) -> str:
-    """Folder name of the checkpoint after ``step`` attempted steps."""
-    return f"step{step:08d}"
 
 
 def describe_groups(groups: Sequence[ParameterGroup]) -> list[dict[str, Any]]:
@@ -74,62 +98,94 @@ def describe_groups(groups: Sequence[ParameterGroup]) -> list[dict[str, Any]]:
     ]
 
 
-def save(
+def save_checkpoint(
     engine: TrainingEngine,
     ema: ShardedEMA | None,
-    folder: Path,
+    store: CheckpointStore,
     state: Mapping[str, Any],
     identity: Identity,
     description: Mapping[str, Any],
-    keep: int,
-) -> Path:
-    """Write a checkpoint of all ranks and commit it; then delete the oldest beyond ``keep``. Called by all ranks.
+    trouble: str | None = None,
+) -> Saved:
+    """Write a checkpoint of all ranks, verify it on each, commit it, then let the oldest go. Called by all ranks.
 
     Args:
-        folder: The run's ``checkpoints``.
         state: JSON-able, into ``curriculum.json``.
         description: More for the manifest: model config, precision, hash of the experiment.
+        trouble: What already went wrong on this rank, such as a log that could not be written: put to the vote like all else.
 
     Raises:
-        UserError: Some rank could not write; nothing was committed, and every rank says so.
+        WeightsNotFinite: On some rank; nothing was written.
+        SaveFailed: Some rank could not write; nothing was committed.
     """
-    final = folder / tag_of(engine.attempted_steps)
-    partial = final.with_name(final.name + PARTIAL)
-    failure = None
+    started = time.monotonic()
+    bad = [name for name in gather_objects(engine.first_bad_weight()) if name]
+    if bad:
+        steps = engine.attempted_steps
+        raise WeightsNotFinite(f"{bad[0]} cannot be held in {engine.dtype} after {steps} steps, so no checkpoint was written.")
+    _vote(store, None, trouble)
+    partial = _begin(engine, ema, store)
+    failure, files = engine.save_shards(partial)
+    failure = failure or _save_beside(engine, ema, partial, state, files) or _not_as_written(partial, files)
+    _vote(store, partial, failure)
+    files = {name: digest for part in gather_objects(files) for name, digest in part.items()}
+    final = None
     if engine.rank == 0:
         try:
-            _clear(folder, final)
-            partial.mkdir(parents=True)
+            final = store.commit(partial, _manifest(engine, identity, description, files))
         except OSError as error:
-            failure = f"{partial}: {error.strerror}"
-    _vote(failure)
-    failure = engine.save_shards(folder, partial.name)
-    _vote(failure or _save_beside(engine, ema, partial, state))
+            failure = str(error)
+    _vote(store, partial, failure)
+    trouble = _tidy(store) if engine.rank == 0 else None
+    path, trouble = gather_objects((final, trouble))[0]
+    return Saved(path, sum(digest.bytes for digest in files.values()), time.monotonic() - started, trouble)
+
+
+def _begin(engine: TrainingEngine, ema: ShardedEMA | None, store: CheckpointStore) -> Path:
+    expected = sum(gather_objects(engine.shard_bytes() + (ema.nbytes if ema is not None else 0)))
+    partial, failure = None, None
     if engine.rank == 0:
         try:
-            _commit(engine, partial, final, identity, description)
-            _prune(folder, keep, final)
+            partial = store.begin(engine.attempted_steps, expected)
         except OSError as error:
-            failure = f"{error.filename or final}: {error.strerror}"
-    _vote(failure)
-    return final
+            failure = str(error)
+    _vote(store, None, failure)
+    agreed: Path = gather_objects(partial)[0]
+    _vote(store, agreed, None if agreed.is_dir() else f"{agreed} is not there: do all nodes share the output folder?")
+    return agreed
 
 
-def _save_beside(engine: TrainingEngine, ema: ShardedEMA | None, partial: Path, state: Mapping[str, Any]) -> str | None:
-    """This rank's files beside DeepSpeed's; returns what went wrong."""
+def _save_beside(
+    engine: TrainingEngine, ema: ShardedEMA | None, partial: Path, state: Mapping[str, Any], files: dict[str, Digest]
+) -> str | None:
+    """This rank's files beside DeepSpeed's, entered in ``files``; returns what went wrong."""
     try:
         if ema is not None:
-            save_file({name: tensor.contiguous() for name, tensor in ema.state_dict().items()}, partial / _ema_name(engine.rank))
+            tensors = ema.state_dict()
+            specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+            fill = partial_of(write_safetensors, specs=specs, tensors=tensors.items())
+            files[ema_name(engine.rank)] = write_file(partial / ema_name(engine.rank), fill)
         if engine.rank == 0:
-            _write(partial / CURRICULUM, json.dumps(state, indent=1))
-    except (OSError, SafetensorError) as error:
+            files[CURRICULUM] = write_file(partial / CURRICULUM, lambda file: file.write(json.dumps(state, indent=1).encode()))
+        durable.sync(partial)
+    except Exception as error:  # whatever it is, the other ranks must hear of it
         return f"{partial}: {error}"
     return None
 
 
-def _commit(engine: TrainingEngine, partial: Path, final: Path, identity: Identity, description: Mapping[str, Any]) -> None:
-    manifest = {
-        "format": FORMAT,
+def _not_as_written(partial: Path, files: Mapping[str, Digest]) -> str | None:
+    """Reads this rank's files again: what the disk gives back is what is committed."""
+    try:
+        wrong = [name for name, digest in files.items() if digest_file(partial / name) != digest]
+    except OSError as error:
+        return str(error)
+    return f"{partial / wrong[0]} does not hold what was written" if wrong else None
+
+
+def _manifest(
+    engine: TrainingEngine, identity: Identity, description: Mapping[str, Any], files: Mapping[str, Digest]
+) -> dict[str, Any]:
+    return {
         "step": engine.attempted_steps,
         "applied_steps": engine.applied_steps,
         "world_size": engine.world_size,
@@ -138,96 +194,121 @@ def _commit(engine: TrainingEngine, partial: Path, final: Path, identity: Identi
         "may_differ": identity.may_differ,
         **description,
         "groups": describe_groups(engine.groups),
-        "files": {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(partial.iterdir())},
+        "files": {name: files[name].to_json() for name in sorted(files)},
     }
-    _write(partial / MANIFEST, json.dumps(manifest, indent=1))
-    partial.rename(final)
-    _sync_folder(final.parent)
 
 
-def _vote(failure: str | None) -> None:
-    """Every rank learns whether any failed; all raise or none."""
-    failures = [f"rank {rank}: {text}" for rank, text in enumerate(gather_objects(failure)) if text]
-    if failures:
-        told = (
-            f"The checkpoint could not be written ({'; '.join(failures)}). Is the disk full or the folder read-only? Free some space and "
-            f"run the same command again: it goes on from the last complete checkpoint."
-        )
-        raise on_every_rank(UserError(told))
-
-
-def find_latest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose every byte is as it was committed, and why newer ones were passed over.
-
-    Returns:
-        (None, []) when there is nothing to resume.
-
-    Raises:
-        UserError: There are checkpoints, but none is complete: starting over would hide a loss.
-    """
-    candidates = sorted((path for path in folder.glob("step*") if not path.name.endswith(PARTIAL)), reverse=True) if folder.is_dir() else []
-    reasons: list[str] = []
-    for path in candidates:
-        flaw = _flaw(path)
-        if flaw is None:
-            return path, reasons
-        reasons.append(f"{path.name}: {flaw}")
-    if reasons:
-        raise UserError(
-            f"{folder} holds {len(reasons)} checkpoint(s), but none is complete ({'; '.join(reasons)}). Bring one back from a backup, or "
-            f"delete the folder or choose another --output_dir to start from step 0."
-        )
-    return None, []
-
-
-def _flaw(path: Path) -> str | None:
+def _tidy(store: CheckpointStore) -> str | None:
+    """What follows a commit and may fail without harm to it; what went wrong is tried again after the next."""
     try:
-        manifest = read_manifest(path)
-        for name, expected in manifest["files"].items():
-            if not (path / name).is_file():
-                return f"{name} is missing"
-            if (path / name).stat().st_size != expected["bytes"]:
-                return f"{name} has another size than was written"
-            if _sha256(path / name) != expected["sha256"]:
-                return f"{name} was changed or damaged"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return str(error) or type(error).__name__
+        store.point_latest()
+        store.prune()
+        script = store.folder / RECOVERY_SCRIPT
+        if not script.is_file() or script.read_bytes() != recovery_script():
+            durable.replace_file(script, recovery_script())
+    except OSError as error:
+        return f"The checkpoint is committed, but what is old could not be removed or '{store.folder}' not be brought up to date: {error}."
     return None
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint folder.
+def _vote(store: CheckpointStore, partial: Path | None, failure: str | None) -> None:
+    """Every rank learns whether any failed; all raise or none."""
+    failures = [f"rank {rank}: {text}" for rank, text in enumerate(gather_objects(failure)) if text]
+    if failures:
+        if partial is not None:
+            store.abandon(partial)
+        raise SaveFailed(
+            f"The checkpoint could not be written ({'; '.join(failures)}). The one before it is whole. Free some space, or see that the "
+            f"folder may be written."
+        )
+
+
+def resume_checkpoint(engine: TrainingEngine, ema: ShardedEMA | None, store: CheckpointStore, identity: Identity) -> Resumed | None:
+    """Load the newest checkpoint that verifies on all ranks into engine and EMA; None when there is none. Called by all ranks.
+
+    Files are checked and read by every rank before the live state of any changes. A checkpoint of another number of ranks is cut anew.
 
     Raises:
-        ValueError: None there, not JSON, or of a format this version does not know.
+        UserError: There are checkpoints, but none can be used, or the newest whole one belongs to another run; nothing was loaded.
     """
-    if not (path / MANIFEST).is_file():
-        raise ValueError(f"it has no {MANIFEST}")
-    manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
-    if manifest.get("format") != FORMAT:
-        raise ValueError(f"its format is {manifest.get('format')!r}, this version reads {FORMAT}")
-    return manifest
+    notes: list[str] = []
+    candidates: list[Path] = gather_objects(store.candidates() if engine.rank == 0 else None)[0]
+    for path in candidates:
+        manifest, averages, flaw = _read(engine, ema, store, path)
+        if flaw is not None or manifest is None:
+            notes.append(f"{path.name}: {flaw}")
+            continue
+        _refuse_another_run(path, manifest, identity)
+        store.verified(path)
+        engine.load_shards(path)
+        if ema is not None:
+            ema.load_state_dict(averages)
+        if engine.attempted_steps != manifest["step"]:
+            steps = f"shards are of step {engine.attempted_steps}, the manifest of step {manifest['step']}"
+            raise on_every_rank(UserError(f"{path}: {steps}; delete the folder."))
+        state = json.loads((path / CURRICULUM).read_text())
+        return Resumed(manifest["step"], state, tuple(_notes(engine, store, notes, manifest, identity)))
+    if notes:
+        told = (
+            f"{store.folder} holds {len(notes)} checkpoint(s), but none can be used ({'; '.join(notes)}). Bring one back from a backup, or "
+            f"delete the folder or choose another --output_dir to start from step 0."
+        )
+        raise on_every_rank(UserError(told))
+    return None
 
 
-def resume(engine: TrainingEngine, ema: ShardedEMA | None, folder: Path, identity: Identity) -> Resumed | None:
-    """Load the newest complete checkpoint into engine and EMA; None when there is none. Called by all ranks.
-
-    Raises:
-        UserError: None is complete, or the newest belongs to another run; nothing was loaded.
-    """
-    found: tuple[Path | None, list[str]] | str = (None, [])
+def _read(
+    engine: TrainingEngine, ema: ShardedEMA | None, store: CheckpointStore, path: Path
+) -> tuple[dict[str, Any] | None, dict[str, Tensor], str | None]:
+    """A candidate's manifest and averages, its shards ready in the engine, or the flaw that any rank found."""
+    manifest, flaw = None, None
     if engine.rank == 0:
         try:
-            found = find_latest(folder)
-        except UserError as error:
-            found = str(error)
-    found = gather_objects(found)[0]
-    if isinstance(found, str):
-        raise on_every_rank(UserError(found))
-    path, notes = found
-    if path is None:
-        return None
-    manifest = read_manifest(path)
+            manifest = store.manifest(path)
+            missing = {"step", "world_size", "must_match", "may_differ"} - manifest.keys()
+            if missing:
+                manifest, flaw = None, f"its manifest lacks {', '.join(sorted(missing))}"
+        except (CheckpointError, OSError) as error:
+            flaw = str(error)
+    manifest, flaw = gather_objects((manifest, flaw))[0]
+    if manifest is None:
+        return None, {}, flaw
+    averages: dict[str, Tensor] = {}
+    mine = sorted(manifest["files"])[engine.rank :: engine.world_size]
+    flaw = _agreed(flaw_of(path, manifest, mine))
+    if flaw is None and ema is not None and not _has_averages(manifest):
+        return manifest, averages, None  # told by `_refuse_another_run`, in better words
+    if flaw is None:
+        flaw = engine.read_shards(path, manifest["world_size"])
+        try:
+            if ema is not None and flaw is None:
+                averages = _read_averages(path, manifest["world_size"], engine)
+        except (OSError, SafetensorError, UserError, KeyError) as error:
+            flaw = f"{type(error).__name__}: {error}"
+        flaw = _agreed(flaw)
+    return manifest, averages, flaw
+
+
+def _agreed(flaw: str | None) -> str | None:
+    """The first flaw that any rank found."""
+    return next((found for found in gather_objects(flaw) if found), None)
+
+
+def _has_averages(manifest: Mapping[str, Any]) -> bool:
+    return ema_name(0) in manifest["files"]
+
+
+def _read_averages(path: Path, written_by: int, engine: TrainingEngine) -> dict[str, Tensor]:
+    """This rank's part of the mean weights, from those who wrote them."""
+    ranks = [engine.rank] if written_by == engine.world_size else list(range(written_by))
+    shards = []
+    for rank in ranks:
+        with safe_open(path / ema_name(rank), framework="pt") as file:
+            shards.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118  it is no dict
+    return shards[0] if written_by == engine.world_size else ema_shard(shards, engine.rank, engine.world_size)
+
+
+def _refuse_another_run(path: Path, manifest: Mapping[str, Any], identity: Identity) -> None:
     differences = _differences(manifest["must_match"], identity.must_match)
     if differences:
         told = (
@@ -235,14 +316,20 @@ def resume(engine: TrainingEngine, ema: ShardedEMA | None, folder: Path, identit
             f"new run."
         )
         raise on_every_rank(UserError(told))
-    changed = _differences(manifest["may_differ"], identity.may_differ)
-    notes = [f"Passed over a damaged checkpoint: {note}" for note in notes] + [f"Changed since the checkpoint: {what}" for what in changed]
-    engine.load_shards(folder, path.name)
-    if ema is not None:
-        ema.load_state_dict(load_file(path / _ema_name(engine.rank)))
-    if engine.attempted_steps != manifest["step"]:
-        raise UserError(f"{path}: shards are of step {engine.attempted_steps}, the manifest of step {manifest['step']}; delete the folder.")
-    return Resumed(manifest["step"], json.loads((path / CURRICULUM).read_text()), tuple(notes))
+
+
+def _notes(
+    engine: TrainingEngine, store: CheckpointStore, passed_over: list[str], manifest: Mapping[str, Any], identity: Identity
+) -> list[str]:
+    notes = [f"Passed over a damaged checkpoint: {note}" for note in passed_over]
+    notes += [f"Changed since the checkpoint: {what}" for what in _differences(manifest["may_differ"], identity.may_differ)]
+    if manifest["world_size"] != engine.world_size:
+        notes.append(
+            f"The checkpoint is of {manifest['world_size']} rank(s) and was cut anew for {engine.world_size}: the same state and sample "
+            f"order; sums over ranks may round otherwise."
+        )
+    stray = store.stray_latest()
+    return [*notes, *([stray] if stray else [])]
 
 
 def _differences(then: Any, now: Any, key: str = "") -> list[str]:
@@ -252,43 +339,3 @@ def _differences(then: Any, now: Any, key: str = "") -> list[str]:
         names = sorted(then.keys() | now.keys())
         return [line for name in names for line in _differences(then.get(name), now.get(name), f"{key}.{name}".lstrip("."))]
     return [] if then == now else [f"{key} was {json.dumps(then)} and is now {json.dumps(now)}"]
-
-
-def _ema_name(rank: int) -> str:
-    return f"ema_rank{rank:04d}.safetensors"
-
-
-def _clear(folder: Path, final: Path) -> None:
-    """Remove what an interrupted save left, and a checkpoint that this one replaces (a damaged one a resume passed over)."""
-    for path in [*folder.glob(f"step*{PARTIAL}"), final]:
-        shutil.rmtree(path, ignore_errors=not path.exists())
-
-
-def _prune(folder: Path, keep: int, newest: Path) -> None:
-    """Keep the ``keep`` newest up to ``newest``; what lies ahead of it is damaged, for a resume passed it over to get here."""
-    present = sorted(path for path in folder.glob("step*") if not path.name.endswith(PARTIAL))
-    ahead = [path for path in present if path.name > newest.name]
-    for path in ahead + present[: len(present) - len(ahead)][:-keep]:
-        doomed = path.with_name(path.name + PARTIAL)
-        path.rename(doomed)  # half deleted, it must not look like a checkpoint
-        shutil.rmtree(doomed)
-
-
-def _write(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

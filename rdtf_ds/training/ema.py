@@ -56,6 +56,11 @@ class ShardedEMA:
         yield
         engine.show(engine.masters)
 
+    @property
+    def nbytes(self) -> int:
+        """Of the shards on this rank."""
+        return sum(shard.nbytes for shard in self.shards.values())
+
     def state_dict(self) -> dict[str, Tensor]:
         """Flat tensors only, as safetensors wants them; ``updates`` is a scalar beside the groups."""
         return {**self.shards, "updates": torch.tensor(self.updates, dtype=torch.int64)}

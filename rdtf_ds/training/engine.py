@@ -8,36 +8,26 @@ from __future__ import annotations
 import logging
 import math
 import os
+import pickle
 import socket
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rdtf_ds.errors import UserError, on_every_rank
+from rdtf_ds.checkpoints.durable import Digest
+from rdtf_ds.errors import UserError
 from rdtf_ds.training.optimizer import ParameterGroup, build_optimizer, keep_32bit_moments, warmed_up
+from rdtf_ds.training.shard_files import shard_files
 
-T = TypeVar("T")
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""How long a rank waits for the others; validation and checkpoints of the full model take minutes."""
-
-
-class NonFiniteLoss(UserError):
-    """The loss became NaN or infinite in a precision that has no loss scale to blame. Weights are those of the step before."""
-
-    everywhere = True  # computed from the gathered losses
-
-
-class LossScaleExhausted(UserError):
-    """fp16 gradients overflow at the smallest loss scale."""
-
-    everywhere = True  # ranks agree on an overflow
+COLLECTIVE_TIMEOUT = timedelta(hours=4)
+"""How long a rank waits for the others: longer than `rdtf.watchdog` lets it, which knows what it was doing and ends the run cleanly."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +36,7 @@ class StepOutcome:
 
     Attributes:
         applied: False when the step was skipped for gradients that are not finite.
+        bad: Skipped, and not in fp16's ordinary search for a loss scale: the loss is not finite either, or there is no scale to lower.
         loss: Mean over the global batch.
         sample_losses, timesteps: Of each sample, in global batch order: micro-batch, then rank, then position.
         grad_norm: Before clipping; infinite for a skipped step.
@@ -54,6 +45,7 @@ class StepOutcome:
     """
 
     applied: bool
+    bad: bool
     loss: float
     sample_losses: tuple[float, ...]
     timesteps: tuple[int, ...]
@@ -186,10 +178,11 @@ class TrainingEngine:
         self._ds, *_ = deepspeed.initialize(model=wrapped, optimizer=optimizer, config=config, dist_init_required=False)
         self._hyperparameters = [{key: value for key, value in g.items() if key != "params"} for g in optimizer.param_groups]
         keep_32bit_moments(groups, self.masters)
-        self._shards = _shard_files()
+        self._shards = shard_files()
         self._ds.checkpoint_engine = self._shards
-        # Beside every checkpoint DeepSpeed leaves two scripts that join shards by unpickling them; tools/export_fp16.py does it safely.
+        # Written beside the checkpoints by `recovery_script`, whole or not at all; DeepSpeed copies it in place, before the commit.
         self._ds._copy_recovery_script = lambda save_path: None
+        self._never_raise_at_the_smallest_scale()
         self._micro_losses: list[Tensor] = []
         self._micro_timesteps: list[Tensor] = []
 
@@ -236,16 +229,16 @@ class TrainingEngine:
         """
         if self._micro_losses:
             self._ds.step()  # between micro-batches this only counts; on the last one `step` does the work
-        self._ds.backward(sample_losses.mean())
+        mean = sample_losses.mean()
+        # A loss that is not finite may leave finite gradients, and such a step must be skipped too.
+        self._ds.backward(mean * torch.where(torch.isfinite(mean.detach()), 1.0, math.nan))
         self._micro_losses.append(sample_losses.detach().float())
         self._micro_timesteps.append(timesteps.detach().to(sample_losses.device))
 
     def step(self) -> StepOutcome:
         """Update the weights from the micro-batches since the last call.
 
-        Raises:
-            NonFiniteLoss: The loss is not finite in bf16 or fp32; nothing was updated.
-            LossScaleExhausted: fp16 cannot lower its loss scale any more.
+        Gradients that are not finite, on whichever rank, skip the update on all of them; nothing is raised.
         """
         if not self._ds.is_gradient_accumulation_boundary():
             wanted = self._ds.gradient_accumulation_steps()
@@ -253,19 +246,16 @@ class TrainingEngine:
         losses, timesteps = self._in_global_order(self._micro_losses), self._in_global_order(self._micro_timesteps)
         self._micro_losses, self._micro_timesteps = [], []
         loss = math.fsum(losses.tolist()) / losses.numel()
-        if not math.isfinite(loss) and self.dtype != torch.float16:
-            raise NonFiniteLoss(
-                f"The loss of step {self.attempted_steps} is {loss}. No loss scale is in play in {self.dtype}, so training has diverged; "
-                f"the weights were not touched. Start again from the last checkpoint with a lower rdtf.optimizer.learning_rate (now "
-                f"{self._learning_rate}) or more warmup_steps (now {self._warmup_steps})."
-            )
         learning_rate = warmed_up(self._learning_rate, self._warmup_steps, self.applied_steps)
         for group in self._ds.optimizer.param_groups:
             group["lr"] = learning_rate
         loss_scale = float(self._ds.optimizer.loss_scale)
-        self._update()
+        searching = self.dtype == torch.float16 and loss_scale > self._smallest_scale and math.isfinite(loss)
+        self._ds.step()
+        applied = not self._ds.optimizer.overflow
         return StepOutcome(
-            applied=not self._ds.optimizer.overflow,
+            applied=applied,
+            bad=not applied and not searching,
             loss=loss,
             sample_losses=tuple(losses.tolist()),
             timesteps=tuple(int(t) for t in timesteps.tolist()),
@@ -274,16 +264,11 @@ class TrainingEngine:
             loss_scale=loss_scale,
         )
 
-    def _update(self) -> None:
-        try:
-            self._ds.step()
-        except Exception as error:
-            if "loss scale already at minimum" not in str(error):
-                raise
-            raise LossScaleExhausted(
-                "fp16 gradients overflow even at the smallest loss scale: training has diverged. Go back to a checkpoint before the loss "
-                "rose, and lower rdtf.optimizer.learning_rate or raise its warmup_steps."
-            ) from error
+    @property
+    def _smallest_scale(self) -> float:
+        """The loss scale below which an overflow cannot push; a static one cannot be lowered at all."""
+        scaler = self._ds.optimizer.loss_scaler
+        return float(scaler.min_scale if scaler.dynamic else scaler.loss_scale)
 
     def _in_global_order(self, micro: Sequence[Tensor]) -> Tensor:
         """(B,) of A micro-batches on each of W ranks -> (A·W·B,) in the order of the global batch, on the CPU."""
@@ -307,86 +292,72 @@ class TrainingEngine:
             allgather_bucket_size=optimizer.allgather_bucket_size,
         )
 
-    def save_shards(self, folder: Path, tag: str) -> str | None:
-        """Write DeepSpeed's shards to ``folder/tag``; called by all ranks. Returns what went wrong on this rank, or None."""
-        self._shards.failure = None
-        # `latest` is written in place and tied to no shard, so it is no commit mark; MANIFEST.json is.
-        self._ds.save_checkpoint(str(folder), tag=tag, save_latest=False)
-        failure: str | None = self._shards.failure
-        return failure
+    def first_bad_weight(self) -> str | None:
+        """Name of the first parameter of this rank's shards that compute precision cannot hold, or None; moments count as weights."""
+        largest = torch.finfo(self.dtype).max
+        for group, master in zip(self.groups, self.masters, strict=True):
+            held = master.abs() <= largest  # False for NaN too
+            if not bool(held.all()):
+                position = self.rank * master.numel() + int((~held).to(torch.uint8).argmax())
+                return group.parameter_at(position)
+            for name, moment in self._ds.optimizer.optimizer.state.get(master, {}).items():
+                if torch.is_tensor(moment) and moment.is_floating_point() and not bool(torch.isfinite(moment).all()):
+                    return f"{name}, a moment of the group {group.name},"
+        return None
 
-    def load_shards(self, folder: Path, tag: str) -> None:
-        """Take weights, masters, moments, loss scale and counters from ``folder/tag``, which must be complete."""
-        path, _ = self._ds.load_checkpoint(str(folder), tag=tag)
+    def shard_bytes(self) -> int:
+        """About how many bytes `save_shards` writes on this rank, once there are moments."""
+        optimizer_state = sum(master.numel() * (4 + 2 * group.bits // 8) for group, master in zip(self.groups, self.masters, strict=True))
+        weights = sum(p.numel() * p.element_size() for p in self._ds.module.parameters()) if self.rank == 0 else 0
+        return optimizer_state + weights
+
+    def save_shards(self, folder: Path) -> tuple[str | None, dict[str, Digest]]:
+        """Write DeepSpeed's shards into ``folder``, which exists and is empty; each rank on its own.
+
+        Returns:
+            What went wrong on this rank, or None; and the digest of each file this rank wrote.
+        """
+        self._shards.failure, self._shards.written = None, {}
+        # The two halves of DeepSpeed's save_checkpoint without what is around them: barriers, in which the others would wait for a
+        # rank that failed, and `latest`, which is written in place and tied to no shard.
+        place = {"save_dir": str(folder.parent), "tag": folder.name}
+        try:
+            self._ds._save_checkpoint(**place)
+            self._ds._save_zero_checkpoint(save_path=place["save_dir"], tag=folder.name)
+        except Exception as error:  # whatever it is, the other ranks must hear of it
+            return f"{type(error).__name__}: {error}", {}
+        return self._shards.failure, dict(self._shards.written)
+
+    def read_shards(self, folder: Path, world_size: int) -> str | None:
+        """Read what `load_shards` will apply; the live state is not touched.
+
+        Args:
+            folder: A verified checkpoint.
+            world_size: Ranks that wrote it; for another number than there are now, this rank's part is cut out of theirs.
+
+        Returns:
+            Why it cannot be read, or None.
+        """
+        try:
+            self._shards.prepare(folder, world_size, self.rank, self.world_size)
+        except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, UserError) as error:
+            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        return None
+
+    def load_shards(self, folder: Path) -> None:
+        """Take weights, masters, moments, loss scale and counters as `read_shards` read them."""
+        path, _ = self._ds.load_checkpoint(str(folder.parent), tag=folder.name)
+        self._shards.prepared = {}
         if path is None:
-            raise UserError(f"Checkpoint {folder / tag} holds no DeepSpeed shards; delete it to resume from the one before.")
+            raise UserError(f"Checkpoint {folder} holds no DeepSpeed shards; delete it to resume from the one before.")
         # The config in force decides these, not the one the checkpoint was made with.
         self._ds.optimizer.clip_grad = self._ds.gradient_clipping()
         for group, ours in zip(self._ds.optimizer.param_groups, self._hyperparameters, strict=True):
             group.update(ours)
+        self._never_raise_at_the_smallest_scale()
+        self._ds.micro_steps = 0  # a step begins
+        self._micro_losses, self._micro_timesteps = [], []
 
-
-def gather_objects(value: Any) -> list[Any]:
-    """``value`` of every rank, on every rank, by rank."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def on_rank_zero(make: Callable[[], T]) -> T:
-    """``make()`` run by rank 0 alone, its value on every rank; a `UserError` of it is raised on all."""
-    answer: list[Any] = [None, None]  # value, error
-    if dist.get_rank() == 0:
-        try:
-            answer[0] = make()
-        except UserError as error:
-            answer[1] = error
-    dist.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise on_every_rank(answer[1])
-    value: T = answer[0]
-    return value
-
-
-def any_rank(flag: bool) -> bool:
-    """Whether ``flag`` is set on any rank; cheaper than gathering objects in every step."""
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    votes = torch.tensor([flag], dtype=torch.int32, device=device)
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-    return bool(votes.item())
-
-
-def _shard_files() -> Any:
-    """DeepSpeed's reader and writer of checkpoint files, with writes that never tear and reads that never run code."""
-    from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    class ShardFiles(CheckpointEngine):  # type: ignore[misc]  # deepspeed has no types
-        """``save`` keeps its error for the vote of all ranks instead of leaving the others in a barrier."""
-
-        failure: str | None = None
-
-        def create(self, info: Any) -> None: ...
-
-        def save(self, state_dict: Any, path: str) -> None:
-            partial = Path(f"{path}.partial")
-            try:
-                with open(partial, "wb") as file:
-                    torch.save(state_dict, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                partial.rename(path)
-            except (OSError, RuntimeError) as error:  # a full disk shows as either
-                self.failure = f"{path}: {error}"
-
-        def load(self, path: str, map_location: Any = None) -> Any:
-            # The classes our own shards hold; anything else in a file is refused, not run.
-            with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, fragment_address, ZeroStageEnum]):
-                return torch.load(path, map_location=map_location, weights_only=True)
-
-        def commit(self, info: Any) -> bool:
-            return True
-
-    return ShardFiles()
+    def _never_raise_at_the_smallest_scale(self) -> None:
+        """DeepSpeed would end the run there, in the middle of a step; such steps are counted as bad instead, see `StepOutcome`."""
+        self._ds.optimizer.loss_scaler.raise_error_at_min_scale = False

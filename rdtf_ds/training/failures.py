@@ -11,12 +11,14 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from rdtf_ds.checkpoints.store import CheckpointStore
 from rdtf_ds.errors import UserError
+from rdtf_ds.exit_codes import BUG, DONE, INTERRUPTED, RESTART
 
-USER_ERROR, BUG, INTERRUPTED = 2, 1, 130
+_LOST_RANK = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|socket timeout", re.IGNORECASE)
 
 
-def exit_code_of(command: Callable[[], None], run_folder: Callable[[], Path | None], with_traceback: bool) -> int:
+def exit_code_of(command: Callable[[], int | None], run_folder: Callable[[], Path | None], with_traceback: bool) -> int:
     """Run ``command`` and turn its end into an exit code and a message on standard error.
 
     Args:
@@ -24,11 +26,10 @@ def exit_code_of(command: Callable[[], None], run_folder: Callable[[], Path | No
         with_traceback: Show tracebacks instead.
 
     Returns:
-        0, 2 for a `UserError`, 130 for Ctrl-C, 1 for a bug.
+        What ``command`` returned, that of a `UserError` (mostly 2), 130 for Ctrl-C, 1 for a bug.
     """
     try:
-        command()
-        return 0
+        return command() or DONE
     except KeyboardInterrupt:
         _say_once(f"Interrupted; {_what_is_left(run_folder())}")
         return INTERRUPTED
@@ -38,16 +39,30 @@ def exit_code_of(command: Callable[[], None], run_folder: Callable[[], Path | No
         elif _rank() == 0 or not error.everywhere:
             where = f" on rank {_rank()}" if _rank() else ""
             print(_paragraph(f"Error{where}: {_without_worker_traceback(error)}"), file=sys.stderr, flush=True)
-        return USER_ERROR
+        return error.exit_code
     except Exception as error:
         if with_traceback:
             traceback.print_exc()
-        else:
+        if is_lost_rank(error):
+            what = str(error).splitlines()[0] if str(error) else type(error).__name__
+            _say(f"Rank {_rank()}: another rank is gone ({what}). {_what_is_left(run_folder()).capitalize()}")
+            return RESTART
+        if not with_traceback:
             path = _write_crash(run_folder())
             what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
             advice = f"This is a bug or a broken installation; the full traceback is in {path}."
-            print(_paragraph(f"Error on rank {_rank()}: {what}. {advice}"), file=sys.stderr, flush=True)
+            _say(f"Error on rank {_rank()}: {what}. {advice}")
         return BUG
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether an error says that a collective lost the other side: what kills that rank is told by its own supervisor."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return "DistError" in names or ("RuntimeError" in names and _LOST_RANK.search(str(error)) is not None)
+
+
+def _say(text: str) -> None:
+    print(_paragraph(text), file=sys.stderr, flush=True)
 
 
 def _rank() -> int:
@@ -60,9 +75,9 @@ def _say_once(text: str) -> None:
 
 
 def _what_is_left(folder: Path | None) -> str:
-    steps = sorted(path.name for path in folder.glob("checkpoints/step*") if path.suffix != ".partial") if folder is not None else []
-    if steps:
-        return f"the same command goes on from the last complete checkpoint, {steps[-1]}."
+    committed = CheckpointStore(folder / "checkpoints").candidates() if folder is not None else []
+    if committed:
+        return f"the same command goes on from the last complete checkpoint, {committed[0].name}."
     return "no checkpoint was written yet, so the same command starts from the beginning."
 
 

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from rdtf_ds.experiment import RANK_QUANTUM
+
 QUANTISATION_BLOCK = 256
 """Values that share one absmax in bitsandbytes' block-wise 8-bit state."""
-SUPPORTED_RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64)
-GROUP_ALIGNMENT = QUANTISATION_BLOCK * 192
-"""49,152: 192 is the least common multiple of SUPPORTED_RANKS."""
+GROUP_ALIGNMENT = QUANTISATION_BLOCK * RANK_QUANTUM
+"""49,152."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,14 @@ class ParameterGroup:
     def numel(self) -> int:
         """Elements without the padding."""
         return sum(parameter.numel() for _, parameter in self.parameters)
+
+    def parameter_at(self, position: int) -> str:
+        """Name of the parameter that holds an element of the flat group."""
+        for name, parameter in self.parameters:
+            position -= parameter.numel()
+            if position < 0:
+                return name
+        return f"the padding of {self.name}"
 
 
 def split_parameters(

@@ -1,7 +1,9 @@
 """What a run says while it trains: ``metrics.jsonl``, TensorBoard, a progress bar. Rank 0 writes, the others stay silent.
 
 After a resume every step stands in both once: ``metrics.jsonl`` is cut at the step the run goes on from, and TensorBoard is told to
-forget what came later (``purge_step``). Both are flushed before a checkpoint is committed, so nothing older than it is ever missing.
+forget what came later (``purge_step``). Both are flushed before a checkpoint is committed, so that of what is older than it a killed run
+misses nothing. A full disk costs ``metrics.jsonl`` no line: what cannot be written waits in memory, and without it no checkpoint is
+committed.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +26,11 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from rdtf_ds.checkpoints.durable import replace_file
 from rdtf_ds.curriculum.curriculum import CurriculumSnapshot
 from rdtf_ds.data.step_plan import StepPlan
 from rdtf_ds.diffusion.masks import level
+from rdtf_ds.errors import UserError
 from rdtf_ds.training.engine import StepOutcome
 
 METRICS = "metrics.jsonl"
@@ -144,13 +149,20 @@ class RunLog:
         self._skipped_steps = 0
         if self._quiet:
             return
-        kept = truncate_metrics(folder / METRICS, first_step)
+        try:
+            kept = truncate_metrics(folder / METRICS, first_step)
+            self._metrics = _Lines(folder / METRICS)
+        except OSError as error:
+            raise UserError(f"'{folder / METRICS}' cannot be written ({error.strerror}). Free some space and start again.") from error
         self._skipped_steps = sum(bool(line.get("skipped")) for line in kept)
-        self._metrics = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115  open for the whole run
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
-        if not first_step:
-            self._board.add_text("config", f"```json\n{json.dumps(config, indent=2)}\n```", 0)
-            self._board.flush()
+        self._board: SummaryWriter | None = None
+        self._board_folder = str(folder / "tensorboard")
+        self._purge_step: int | None = first_step
+        self._alarmed = self._board_failed = False
+        with self._showing() as board:
+            if not first_step:
+                board.add_text("config", f"```json\n{json.dumps(config, indent=2)}\n```", 0)
+                board.flush()
         self._bar = tqdm(total=max_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=None, file=sys.stderr)
         self._first_step, self._max_steps, self._started = first_step, max_steps, time.monotonic()
 
@@ -166,10 +178,10 @@ class RunLog:
             return
         metrics = record.metrics()
         self._skipped_steps += metrics["skipped"]
-        self._metrics.write(json.dumps(metrics) + "\n")
-        self._metrics.flush()
-        for tag, value in scalars(metrics, self._skipped_steps).items():
-            self._board.add_scalar(tag, value, metrics["step"])
+        self._told(self._metrics.add(json.dumps(metrics)))
+        with self._showing() as board:
+            for tag, value in scalars(metrics, self._skipped_steps).items():
+                board.add_scalar(tag, value, metrics["step"])
         self._show(metrics["step"] + 1, f"loss {record.outcome.loss:.4f}, level {metrics['target_level']:.2f}, k {metrics['k']}")
 
     def _show(self, done: int, text: str) -> None:
@@ -192,29 +204,100 @@ class RunLog:
         height, width = frames_shape
         image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=path.read_bytes())
         # SummaryWriter.add_video needs moviepy and re-encodes; the file format itself just holds the bytes.
-        writer = self._board._get_file_writer()  # type: ignore[no-untyped-call]
-        writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), done - 1)
+        with self._showing() as board:
+            writer = board._get_file_writer()  # type: ignore[no-untyped-call]
+            writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), done - 1)
 
     def say(self, text: str) -> None:
         """A line for the person watching, above the progress bar."""
         if not self._quiet:
             tqdm.write(text, file=sys.stderr)
 
-    def flush(self) -> None:
-        """Put everything logged so far on disk."""
+    def alarm(self, text: str) -> None:
+        """A line that must not be missed; training goes on."""
+        self.say(f"ALARM: {text}")
+
+    def scalar(self, tag: str, value: float, done: int) -> None:
+        """A value of TensorBoard's alone, at the last of ``done`` attempted steps."""
         if self._quiet:
             return
-        self._metrics.flush()
-        os.fsync(self._metrics.fileno())
-        self._board.flush()
+        with self._showing() as board:
+            board.add_scalar(tag, value, max(done - 1, 0))
+
+    def flush(self) -> str | None:
+        """Put everything logged so far on disk; what of ``metrics.jsonl`` could not be, or None."""
+        if self._quiet:
+            return None
+        with self._showing() as board:
+            board.flush()
+            self._board_failed = False
+        failure = self._metrics.flush()
+        self._told(failure)
+        return failure
 
     def close(self) -> None:
         if self._quiet:
             return
         self.flush()
         self._metrics.close()
-        self._board.close()
+        with self._showing() as board:
+            board.close()
         self._bar.close()
+
+    def _told(self, failure: str | None) -> None:
+        """Say it when the log begins to fail, and when it no longer does."""
+        if failure and not self._alarmed:
+            self.alarm(f"{failure}. Lines are kept in memory and written as soon as that works; training goes on.")
+        elif not failure and self._alarmed:
+            self.say("The log can be written again.")
+        self._alarmed = failure is not None
+
+    @contextmanager
+    def _showing(self) -> Iterator[SummaryWriter]:
+        """TensorBoard's writer. A disk that refuses costs it what is not yet written, for it keeps no copy; then a new one takes over."""
+        try:
+            if self._board is None:
+                self._board = SummaryWriter(self._board_folder, purge_step=self._purge_step)
+                self._purge_step = None  # once
+            yield self._board
+        except OSError as error:
+            if not self._board_failed:
+                self.alarm(f"TensorBoard's files in '{self._board_folder}' cannot be written ({error}): it will miss some steps.")
+            self._board, self._board_failed = None, True
+
+
+class _Lines:
+    """Appends lines to a file, each whole or not at all; those a disk refuses are kept, in order, for the next time."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._waiting = path, b""
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115  open for the whole run
+        self._size = path.stat().st_size
+
+    def add(self, line: str) -> str | None:
+        """Append a line; returns why it could not be written, or None."""
+        self._waiting += f"{line}\n".encode()
+        return self._write(sync=False)
+
+    def flush(self) -> str | None:
+        """Put all lines on the disk; returns why that is not possible, or None."""
+        return self._write(sync=True)
+
+    def _write(self, sync: bool) -> str | None:
+        try:
+            written = self._file.write(self._waiting) if self._waiting else 0
+            if written != len(self._waiting):
+                self._file.truncate(self._size)
+                return f"'{self._path}' cannot be written: no space left"
+            self._size, self._waiting = self._size + written, b""
+            if sync:
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            return f"'{self._path}' cannot be written: {error.strerror}"
+        return None
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def truncate_metrics(path: Path, first_step: int) -> list[dict[str, Any]]:
@@ -233,7 +316,5 @@ def truncate_metrics(path: Path, first_step: int) -> list[dict[str, Any]]:
         if metrics["step"] < first_step:
             kept.append(metrics)
             lines.append(line + "\n")
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(lines), encoding="utf-8")
-    partial.replace(path)
+    replace_file(path, "".join(lines).encode())
     return kept

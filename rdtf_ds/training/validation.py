@@ -19,8 +19,10 @@ from rdtf_ds.diffusion.masks import evenly_spaced
 from rdtf_ds.errors import UserError
 from rdtf_ds.pipeline import RDTFPipeline
 from rdtf_ds.seeding import derive_seed, numpy_generator
+from rdtf_ds.training.collectives import gather_objects
 from rdtf_ds.training.ema import ShardedEMA
-from rdtf_ds.training.engine import TrainingEngine, gather_objects
+from rdtf_ds.training.engine import TrainingEngine
+from rdtf_ds.training.supervisor import heartbeat
 from rdtf_ds.training.telemetry import RunLog
 
 MILLISECONDS = 120
@@ -79,16 +81,20 @@ def make_requests(
 
 
 def sample_clips(
-    pipeline: Any, requests: Sequence[Request], rank: int, world_size: int, steps: int
+    pipeline: Any, requests: Sequence[Request], rank: int, world_size: int, steps: int, hurry: Callable[[], bool] = lambda: False
 ) -> tuple[list[tuple[Request, np.ndarray]], list[str]]:
     """Every request made, with its clip, uint8 (F, H, W, 3), and why the others were not; on all ranks, and called by all.
 
-    Each rank makes each ``world_size``-th.
+    Each rank makes each ``world_size``-th, and no more of them once ``hurry`` says that the run was asked to stop.
     """
     made: list[tuple[int, np.ndarray | str]] = []
     pipeline.set_progress_bar_config(disable=True)
     for number in range(rank, len(requests), world_size):
         request = requests[number]
+        if hurry():
+            made.append((number, f"{request.name}: the run was asked to stop"))
+            continue
+        heartbeat().beat("validation")
         try:
             output = pipeline(
                 request.prompt, frames=request.visible, num_frames=request.num_frames, num_inference_steps=steps, seeds=[request.seed]
@@ -134,10 +140,12 @@ class Validation:
     requests: Sequence[Request]
     steps: int
 
-    def __call__(self, engine: TrainingEngine, ema: ShardedEMA | None, folder: Path, log: RunLog, step: int) -> None:
+    def __call__(
+        self, engine: TrainingEngine, ema: ShardedEMA | None, folder: Path, log: RunLog, step: int, hurry: Callable[[], bool]
+    ) -> None:
         """Clips after ``step`` attempted steps, into ``folder/samples`` and TensorBoard; called by all ranks."""
         with ema.applied_to(engine) if ema is not None else nullcontext():
-            clips, failures = sample_clips(self.pipeline, self.requests, engine.rank, engine.world_size, self.steps)
+            clips, failures = sample_clips(self.pipeline, self.requests, engine.rank, engine.world_size, self.steps, hurry)
         if engine.rank != 0:
             return
         for failure in failures:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +15,10 @@ import torch
 from rdtf_ds.data.captions import NO_CAPTION
 from rdtf_ds.data.dataset import Batch, DropRates, NoUsableClip
 from rdtf_ds.data.quarantine import Problem
+from rdtf_ds.data.step_plan import SamplePlan
 from rdtf_ds.diffusion.masks import Task
 from rdtf_ds.errors import UserError
-from rdtf_ds.seeding import derive_seed
+from rdtf_ds.seeding import derive_seed, numpy_generator
 from tests.data.folders import SIDE, dataset, numbered_clips, plan
 
 
@@ -76,6 +80,46 @@ def test_everything_random_depends_on_the_seed_and_the_sample_number(root: Path)
     for position in range(4):
         assert len({draws(seed, 3)[position] for seed in range(12)}) > 5
         assert len({draws(5, number)[position] for number in range(12)}) > 5
+
+
+def share_of_changes(root: Path, make_plan: Callable[[int], SamplePlan], attempts: tuple[int, int], **options: Any) -> dict[str, float]:
+    """Of 40 samples, how many differ between two attempts, by field of the batch that does."""
+    data, changes = dataset(root, **options), Counter[str]()
+    for number in range(40):
+        first, second = (data[(replace(make_plan(number), attempt=attempt),)] for attempt in attempts)
+        assert same(first, data[(replace(make_plan(number), attempt=attempts[0]),)])
+        for name in Batch.__dataclass_fields__:
+            mine, other = getattr(first, name), getattr(second, name)
+            changes[name] += not (torch.equal(mine, other) if isinstance(mine, torch.Tensor) else mine == other)
+    return {name: count / 40 for name, count in changes.items() if count}
+
+
+@pytest.mark.parametrize("attempts", [(0, 1), (1, 2)])
+def test_a_sample_passed_over_draws_all_anew(root: Path, attempts: tuple[int, int]) -> None:
+    """Even of the same clip under the same mask: each draw is watched where no other can change its field."""
+    every = share_of_changes(root, lambda number: plan(number, 0, "#......."), attempts, drops=DropRates(0.5, 0, 0, 0))
+    assert set(every) == {"frames", "captions", "timestep", "noise"}
+    assert min(every.values()) > 0.8
+
+    drops = share_of_changes(root, lambda number: plan(number, 1, "#.."), attempts, drops=DropRates(0, 0, 0.5, 0))
+    assert set(drops) == {"condition_mask", "timestep", "noise"} and 0.25 < drops["condition_mask"] < 0.75
+
+
+@pytest.mark.parametrize("attempts", [(0, 1), (1, 2)])
+def test_a_sample_passed_over_has_other_stand_ins(tmp_path: Path, attempts: tuple[int, int]) -> None:
+    data = dataset(numbered_clips(tmp_path, [3] * 13))
+    (tmp_path / "0.png").unlink()
+    ids = [[data[(replace(plan(number, 0), attempt=attempt),)].clip_ids[0] for attempt in attempts] for number in range(40)]
+    assert sum(first != second for first, second in ids) > 30
+
+
+def test_draws_of_an_attempt_are_named_by_it(root: Path) -> None:
+    data = dataset(root)
+    for attempt, key in ((0, ()), (1, (1,)), (2, (2,))):
+        batch = data[(replace(plan(3, 0, "#......."), attempt=attempt),)]
+        generator = torch.Generator().manual_seed(derive_seed(5, 3, "noise", *key))
+        assert torch.equal(batch.noise[0], torch.randn(4, 8, 2, 2, generator=generator))
+        assert int(batch.timestep) == numpy_generator(5, 3, "timestep", *key).integers(1000)
 
 
 def test_noise_is_drawn_for_eight_frames_and_cut(root: Path) -> None:

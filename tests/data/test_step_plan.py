@@ -15,9 +15,10 @@ import pytest
 from rdtf_ds.curriculum.curriculum import Curriculum, CurriculumState
 from rdtf_ds.curriculum.pid import PIDController, PIDState
 from rdtf_ds.curriculum.static import StaticSchedule
-from rdtf_ds.data.step_plan import PlanQueue, SamplePlan, StepPlan, StepPlanner
+from rdtf_ds.data.step_plan import PlanQueue, SamplePlan, StepPlan, StepPlanner, draw_key
 from rdtf_ds.diffusion.masks import Task, level
 from rdtf_ds.errors import UserError
+from rdtf_ds.seeding import derive_seed, numpy_generator
 
 START = {Task.INTERPOLATION: 0.6, Task.PREDICTION: 0.25, Task.GENERATION: 0.15}
 END = {Task.INTERPOLATION: 0.2, Task.PREDICTION: 0.3, Task.GENERATION: 0.5}
@@ -230,6 +231,107 @@ def test_what_cannot_be_restored_is_refused() -> None:
         PlanQueue(make_planner(), 3).load_state_dict(saved)
     with pytest.raises(ValueError, match="hold 4 curriculum states; 5 are needed at step 10"):
         PlanQueue(make_planner(), 4).load_state_dict({**saved, "states": saved["states"][1:]})
+
+
+def test_a_draw_is_named_by_number_purpose_and_attempt() -> None:
+    assert draw_key(7, "noise", 0) == (7, "noise")
+    assert draw_key(7, "noise", 1) == (7, "noise", 1)
+    assert draw_key(7, "noise", 2) == (7, "noise", 2)
+
+
+def test_only_the_samples_passed_over_change() -> None:
+    planner, state = make_planner(global_batch=20), state_of(0.0)
+    for step in range(10):
+        before, passed_over = planner.plan(step, state), {20 * step + 3: 1, 20 * step + 19: 2, 20 * step + 20: 1}
+        after = planner.plan(step, state, passed_over)
+        assert (after.step, after.k, len(after.samples)) == (before.step, before.k, 20)
+        for position, (old, new) in enumerate(zip(before.samples, after.samples, strict=True)):
+            assert new.sample_number == old.sample_number
+            attempt = {3: 1, 19: 2}.get(position, 0)
+            assert (old.attempt, new.attempt) == (0, attempt)
+            assert new == old if attempt == 0 else new.clip_id != old.clip_id
+
+
+@pytest.mark.parametrize("dual_mask", [True, False])
+def test_another_clip_is_used_as_far_as_it_goes(dual_mask: bool) -> None:
+    """k of the step stays; a shorter clip uses all it has."""
+    planner, frame_count = make_planner(global_batch=37, dual_mask=dual_mask), dict(zip(CLIPS.tolist(), FRAMES.tolist(), strict=True))
+    plan = planner.plan(1, state_of(0.0), dict.fromkeys(range(37, 74), 1))
+    assert {sample.attempt for sample in plan.samples} == {1}
+    assert all(sample.k == min(plan.k, frame_count[sample.clip_id]) == len(sample.mask) for sample in plan.samples)
+    assert len({sample.k for sample in plan.samples}) > 1
+
+
+def clip_of(planner: StepPlanner, number: int, attempt: int) -> int:
+    step, position = divmod(number, planner.global_batch)
+    return planner.plan(step, state_of(0.0), {number: attempt}).samples[position].clip_id
+
+
+def test_the_other_clip_is_drawn_from_all_but_those_before() -> None:
+    """By the hash of seed, number, "passed over" and attempt, among the rows that no earlier attempt had."""
+    planner = make_planner(seed=3)
+    for number in range(60):
+        left = CLIPS.tolist()
+        left.remove(clip_of(planner, number, 0))
+        for attempt in (1, 2, 3):
+            expected = left.pop(derive_seed(3, number, "passed over", attempt) % len(left))
+            assert clip_of(planner, number, attempt) == expected
+    counts = Counter(clip_of(planner, number, 1) for number in range(37 * 40))
+    assert set(counts) == set(CLIPS.tolist()) and max(counts.values()) < 40 + 4 * math.sqrt(40)
+
+
+@pytest.mark.parametrize("clips", [1, 2, 3])
+def test_few_clips_all_have_their_turn(clips: int) -> None:
+    """All of them before one comes again, and never the same twice in a row, but for the only one there is."""
+    planner = StepPlanner(0, 1, CLIPS[:clips], np.full(clips, 8), make_curriculum())
+    for number in range(20):
+        ids = [clip_of(planner, number, attempt) for attempt in range(7)]
+        assert len(set(ids[:clips])) == clips and set(ids) == set(CLIPS[:clips].tolist())
+        assert clips == 1 or all(one != other for one, other in zip(ids, ids[1:], strict=False))
+
+
+def test_the_task_is_drawn_anew_in_each_attempt() -> None:
+    """Of one clip alone, so that nothing but the draw can differ."""
+    planner, state, changed = StepPlanner(5, 1, [9], [8], make_curriculum()), state_of(0.0), Counter[int]()
+    for number in range(40):
+        drawn = [planner.plan(number, state, {number: attempt} if attempt else {}).samples[0] for attempt in range(3)]
+        for attempt, sample in enumerate(drawn):
+            key = (number, "task", attempt) if attempt else (number, "task")
+            expected = planner.curriculum.draw_task(state, sample.k, numpy_generator(5, *key))
+            assert (sample.task, sample.mask, sample.text) == (expected.task, expected.mask, expected.text)
+        for attempt in (1, 2):
+            changed[attempt] += replace(drawn[attempt], attempt=attempt - 1) != drawn[attempt - 1]
+    assert min(changed[1], changed[2]) > 20
+
+
+def test_a_queue_counts_what_it_passes_over() -> None:
+    queue, states = filled(2, 6)
+    planner, numbers = make_planner(), [6 * 7 + 1, 6 * 8 + 5]
+    before = {step: queue.plan(step) for step in (6, 7, 8)}
+    assert queue.passed_over == {}
+    queue.pass_over(numbers)
+    queue.pass_over(iter(numbers[:1]))
+    assert queue.passed_over == {43: 2, 53: 1}
+    assert queue.plan(6) == before[6]
+    assert queue.plan(7) == planner.plan(7, states[5], {43: 2}) != before[7]
+    assert queue.plan(8) == planner.plan(8, states[6], {53: 1}) != before[8]
+
+    saved = json.loads(json.dumps(queue.state_dict()))
+    assert saved == filled(2, 6)[0].state_dict()  # incidents are kept elsewhere, and outlive a checkpoint
+    queue.load_state_dict(saved)
+    assert queue.passed_over == {43: 2, 53: 1}
+
+    counts = {53: 3}
+    queue.passed_over = counts
+    counts[53] = 9
+    assert queue.passed_over == {53: 3} and queue.plan(7) == before[7]
+    queue.pass_over([53])
+    assert queue.passed_over == {53: 4}
+    queue.passed_over = {}
+    assert queue.plan(8) == before[8]
+    with pytest.raises(ValueError, match="sample 4 cannot have been passed over 0 times"):
+        queue.passed_over = {3: 1, 4: 0}
+    assert queue.passed_over == {}
 
 
 def test_a_large_dataset_plans_fast_and_keeps_two_epochs() -> None:

@@ -18,7 +18,8 @@ from typing import Any
 import psutil
 import torch
 
-from rdtf_ds.checkpoint_weights import CheckpointWeights
+from rdtf_ds.checkpoints.store import CheckpointStore
+from rdtf_ds.checkpoints.weights import CheckpointWeights
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, INTERVAL, KILL_AFTER = 16, 5, 7
@@ -111,9 +112,16 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def last_checkpoint(folder: Path) -> Path:
+    """The newest committed one, which must be that of the last step."""
+    newest = CheckpointStore(folder / "checkpoints").candidates()[0]
+    assert newest.name.startswith(f"step{STEPS:08d}-")
+    return newest
+
+
 def final_weights(folder: Path, weights: str) -> Mapping[str, torch.Tensor]:
     """fp32 weights of the last checkpoint, by parameter name."""
-    source = CheckpointWeights(folder / "checkpoints" / f"step{STEPS:08d}")
+    source = CheckpointWeights(last_checkpoint(folder))
     return {name: tensor.clone() for name, tensor in source.parameters(weights)}  # type: ignore[arg-type]
 
 

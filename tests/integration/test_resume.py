@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from tests.integration.launches import INTERVAL, KILL_AFTER, STEPS, final_weights, read_metrics
+from tests.integration.launches import INTERVAL, KILL_AFTER, STEPS, final_weights, last_checkpoint, read_metrics
 
 pytestmark = pytest.mark.timeout(3600)  # three launches each, in the first test that asks for them
 
@@ -47,7 +47,7 @@ def test_every_step_is_logged_once(killed_run, scalars_of):
 
 
 def test_a_checkpoint_holds_the_curriculum_beside_the_shards(straight_run):
-    folder = straight_run / "checkpoints" / f"step{STEPS:08d}"
+    folder = last_checkpoint(straight_run)
     state, manifest = json.loads((folder / "curriculum.json").read_text()), json.loads((folder / "MANIFEST.json").read_text())
     applied = sum(not line["skipped"] for line in read_metrics(straight_run))
     assert state["attempted_steps"] == manifest["step"] == STEPS
@@ -55,7 +55,8 @@ def test_a_checkpoint_holds_the_curriculum_beside_the_shards(straight_run):
     assert len(state["plans"]["states"]) == state["plans"]["delay"] + 1
     assert manifest["world_size"] == 2 and manifest["groups"]
     assert manifest["files"].keys() >= {"ema_rank0001.safetensors", "curriculum.json"}
-    assert sorted(path.name for path in folder.parent.iterdir()) == ["step00000010", "step00000015", "step00000016"]
+    names = ["step00000010-0003", "step00000015-0004", "step00000016-0005"]  # the first commit was before the first step
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["latest", *names, "zero_to_fp32.py"]
 
 
 def test_all_ranks_share_the_batch(straight_run, launch):

@@ -1,13 +1,21 @@
 from __future__ import annotations
 
+import math
 import os
-import pickle
 from unittest.mock import Mock
 
 import pytest
 import torch
 
-from rdtf_ds.training.engine import LossScaleExhausted, NonFiniteLoss
+
+def save(engine, folder):
+    (folder / "step").mkdir()
+    return engine.save_shards(folder / "step")
+
+
+def load(engine, folder):
+    assert engine.read_shards(folder / "step", 1) is None
+    engine.load_shards(folder / "step")
 
 
 def optimizer_of(engine):
@@ -62,21 +70,52 @@ def test_overflow_leaves_the_weights_and_lowers_the_scale(make_engine, train):
     assert not all(torch.equal(a, b) for a, b in zip(before, engine.masters, strict=True))
 
 
-def test_overflow_at_the_smallest_scale_is_an_error_a_user_can_read(make_engine, train):
-    engine = make_engine("fp16", scale_power=0)
-    with pytest.raises(LossScaleExhausted, match="learning_rate"):
-        train(engine, range(3), scale=float("inf"))
+def test_an_overflow_at_the_smallest_scale_is_bad_and_one_above_it_is_a_search(make_engine, train):
+    engine = make_engine("fp16", scale_power=2)
+    before = [master.detach().clone() for master in engine.masters]
+    outcomes = train(engine, range(4), scale=1e6)  # finite loss, gradients beyond fp16
+    assert [(outcome.applied, outcome.loss_scale) for outcome in outcomes] == [(False, 4.0), (False, 2.0), (False, 1.0), (False, 1.0)]
+    assert [outcome.bad for outcome in outcomes] == [False, False, True, True]
+    assert engine.attempted_steps == 4 and engine.applied_steps == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, engine.masters, strict=True))
+    assert train(engine, range(4, 5))[0].applied
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_stops_training_before_the_weights_change(make_engine, train, precision, value):
+def test_a_loss_that_is_not_finite_skips_the_step(make_engine, train, precision, value):
     engine = make_engine(precision)
     train(engine, range(2))
     before = [master.detach().clone() for master in engine.masters]
-    with pytest.raises(NonFiniteLoss, match="step 2 is"):
-        train(engine, range(2, 3), scale=value)
+    (outcome,) = train(engine, range(2, 3), scale=value)
+    assert outcome.bad and not outcome.applied and not math.isfinite(outcome.loss)
+    assert (engine.attempted_steps, engine.applied_steps) == (3, 2)
     assert all(torch.equal(a, b) for a, b in zip(before, engine.masters, strict=True))
+    (outcome,) = train(engine, range(3, 4))
+    assert outcome.applied and not outcome.bad
+
+
+def test_a_bad_loss_with_good_gradients_skips_the_step_too(make_engine):
+    engine = make_engine()
+    losses = engine.forward(torch.ones(4, 32)).float().square().mean(dim=1)
+    engine.backward(losses + torch.tensor([0.0, math.nan, 0.0, 0.0]), torch.arange(4))
+    assert engine.step().bad
+
+
+def test_a_bad_weight_is_named(make_engine, train):
+    engine = make_engine("fp16")
+    train(engine, range(1))
+    assert engine.first_bad_weight() is None
+    group, master = engine.groups[-1], engine.masters[-1]
+    master.data[group.parameters[0][1].numel()] = 70000.0  # finite, but not in fp16
+    assert engine.first_bad_weight() == group.parameters[1][0]
+
+
+def test_a_bad_moment_is_named(make_engine, train):
+    engine = make_engine()
+    train(engine, range(1))
+    optimizer_of(engine).state[engine.masters[0]]["absmax1"][0] = math.inf
+    assert engine.first_bad_weight().startswith("absmax1, a moment of the group weights_000")
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch(make_engine, train):
@@ -109,7 +148,8 @@ def test_padding_is_named_and_saved_beside_the_model(make_engine, train, tmp_pat
     train(engine, range(1))
     for group, master in zip(engine.groups, engine.masters, strict=True):
         assert group.padding > 0 and (group.numel + group.padding) == master.numel()
-    assert engine.save_shards(tmp_path, "step") is None
+    failure, files = save(engine, tmp_path)
+    assert failure is None and files.keys() == {path.name for path in (tmp_path / "step").iterdir()}
     names = torch.load(tmp_path / "step" / "mp_rank_00_model_states.pt", weights_only=False)["module"].keys()
     assert {f"paddings.{group.name}" for group in engine.groups} < set(names)
     assert not any("padding" in name for name in engine.model.state_dict())
@@ -121,12 +161,12 @@ def test_a_resumed_engine_goes_on_bit_for_bit(make_engine, train, tmp_path, prec
     train(engine, range(3))
     if precision == "fp16":
         train(engine, range(3, 4), scale=float("inf"))
-    engine.save_shards(tmp_path, "step")
+    save(engine, tmp_path)
     first = engine.attempted_steps
     straight = train(engine, range(first, first + 3))
     other = make_engine(precision, clipping=0.5)
     train(other, range(50, 52))  # a past that must leave no trace
-    other.load_shards(tmp_path, "step")
+    load(other, tmp_path)
     assert (other.attempted_steps, other.applied_steps) == (first, 3)
     assert train(other, range(first, first + 3)) == straight
     assert all(torch.equal(a, b) for a, b in zip(engine.masters, other.masters, strict=True))
@@ -136,9 +176,9 @@ def test_a_resumed_engine_goes_on_bit_for_bit(make_engine, train, tmp_path, prec
 def test_the_config_in_force_beats_the_checkpoints(make_engine, train, tmp_path):
     engine = make_engine(weight_decay=0.3, betas=(0.5, 0.6))
     train(engine, range(1))
-    engine.save_shards(tmp_path, "step")
+    save(engine, tmp_path)
     other = make_engine(weight_decay=0.1, betas=(0.9, 0.95), clipping=0.25)
-    other.load_shards(tmp_path, "step")
+    load(other, tmp_path)
     assert [g["weight_decay"] for g in optimizer_of(other).param_groups if g["weight_decay"]][0] == 0.1
     assert all(tuple(g["betas"]) == (0.9, 0.95) for g in optimizer_of(other).param_groups)
     assert other._ds.optimizer.clip_grad == 0.25
@@ -155,11 +195,16 @@ class Payload:
 def test_a_doctored_shard_runs_no_code(make_engine, train, tmp_path):
     engine = make_engine()
     train(engine, range(1))
-    engine.save_shards(tmp_path, "step")
-    torch.save({"module": Payload(tmp_path / "executed")}, tmp_path / "step" / "mp_rank_00_model_states.pt")
-    with pytest.raises(pickle.UnpicklingError):
-        engine.load_shards(tmp_path, "step")
-    assert not (tmp_path / "executed").exists()
+    save(engine, tmp_path)
+    files = sorted((tmp_path / "step").iterdir())
+    assert len(files) == 2
+    for path in files:
+        intact = path.read_bytes()
+        torch.save({**torch.load(path, weights_only=False), "more": Payload(tmp_path / "executed")}, path)
+        assert "Weights only load failed" in engine.read_shards(tmp_path / "step", 1)
+        assert not (tmp_path / "executed").exists()
+        path.write_bytes(intact)
+    assert engine.read_shards(tmp_path / "step", 1) is None
 
 
 def test_a_shard_that_cannot_be_written_is_reported_not_raised(make_engine, train, tmp_path, monkeypatch):
@@ -170,7 +215,7 @@ def test_a_shard_that_cannot_be_written_is_reported_not_raised(make_engine, trai
         raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
 
     monkeypatch.setattr(torch, "save", full)
-    assert "unexpected pos" in engine.save_shards(tmp_path, "step")
+    assert "unexpected pos" in save(engine, tmp_path)[0]
 
 
 def test_upstream_still_loses_overrides_by_group_index(make_engine, train):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import resource
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from rdtf_ds.data.step_plan import SamplePlan, StepPlan
 from rdtf_ds.data.writing import write_clip
 from rdtf_ds.diffusion.masks import Task
 from rdtf_ds.training.engine import StepOutcome
-from rdtf_ds.training.telemetry import RunLog, StepRecord, Stopwatch, scalars, truncate_metrics
+from rdtf_ds.training.telemetry import RunLog, StepRecord, Stopwatch, _Lines, scalars, truncate_metrics
 
 LOSS = 0.1 + 0.2  # needs every digit: 0.30000000000000004
 
@@ -26,7 +27,7 @@ def record(step: int, loss: float = LOSS, applied: bool = True) -> StepRecord:
         {Task.INTERPOLATION: 0.6, Task.PREDICTION: 0.25, Task.GENERATION: 0.15}, 3.0, PIDTerms(0.1, 0.5, 0.3, 0.13, 0.93), 2.07, {3: 1.0},
         {Task.INTERPOLATION: 0.7, Task.PREDICTION: 0.2, Task.GENERATION: 0.1}, {1: 1.0}, {},
     )  # fmt: skip
-    outcome = StepOutcome(applied, loss, (loss, 3 * loss), (11, 22), 1.5 if applied else float("inf"), 1e-3, 8.0)
+    outcome = StepOutcome(applied, False, loss, (loss, 3 * loss), (11, 22), 1.5 if applied else float("inf"), 1e-3, 8.0)
     return StepRecord(StepPlan(step, 3, plans), outcome, snapshot, {"data": 0.5, "forward": 1.5})
 
 
@@ -136,3 +137,36 @@ def test_a_stopwatch_adds_up_phases():
         watch.lap(phase)
     assert list(watch.read()) == ["data", "forward"] and all(value >= 0 for value in watch.read().values())
     assert sum(watch.read().values()) == pytest.approx(0, abs=1.0)
+
+
+def test_a_full_disk_costs_no_line(tmp_path):
+    """A file size limit does what a full disk does: it cuts a write short, then refuses."""
+    lines = _Lines(tmp_path / "x")
+    assert lines.add("first") is None and lines.flush() is None
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9, before[1]))
+    try:
+        assert "cannot be written" in lines.add("second") and "cannot be written" in lines.add("third")
+        assert (tmp_path / "x").read_text() == "first\n", "no line is there in part"
+        assert "cannot be written" in lines.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert lines.flush() is None
+    lines.add("fourth")
+    lines.close()
+    assert (tmp_path / "x").read_text() == "first\nsecond\nthird\nfourth\n"
+
+
+def test_a_tensorboard_that_cannot_be_written_is_an_alarm(tmp_path, monkeypatch, capsys):
+    log = RunLog(tmp_path, 0, 0, 9, {})
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(log._board, "add_scalar", full)
+    log.scalar("x", 1.0, 1)
+    log.scalar("x", 2.0, 2)
+    assert capsys.readouterr().err.count("ALARM: TensorBoard's files") == 1
+    assert log._board is not None, "a new writer has taken over"
+    assert log.flush() is None
+    log.close()

@@ -126,7 +126,7 @@ def validate(monkeypatch, tmp_path):
 
             monkeypatch.setattr(validation, "gather_objects", gather)
             engine, ema = SimpleNamespace(rank=rank, world_size=2), SimpleNamespace(applied_to=applied_to)
-            Validation(Pipeline(broken), made, 1)(engine, ema, tmp_path, log if rank == 0 else Log(), 40)
+            Validation(Pipeline(broken), made, 1)(engine, ema, tmp_path, log if rank == 0 else Log(), 40, lambda: False)
         return log, collectives
 
     return run

@@ -6,7 +6,6 @@ mean over training (EMA) in safetensors. Files are memory-mapped and one group a
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -20,15 +19,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rdtf_ds.errors import UserError
+from rdtf_ds.checkpoints.manifest import MANIFEST, CheckpointError, flaw_of, read_manifest
 
 Weights = Literal["ema", "master"]
 Shard = Callable[[int], Tensor]
 """One rank's flat fp32 part of a group, by the group's number."""
 
-MANIFEST = "MANIFEST.json"
-FORMAT = 1
-PARTIAL = ".partial"
 _DEEPSPEED_CLASSES = (
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
@@ -37,8 +33,20 @@ _DEEPSPEED_CLASSES = (
 )
 
 
-class CheckpointError(UserError):
-    """A checkpoint that is incomplete, damaged, or not of this package."""
+MODEL_STATES = "mp_rank_00_model_states.pt"
+"""DeepSpeed's file of compute-precision weights and counters, the same for all ranks."""
+
+
+def shard_path(folder: Path, rank: int) -> Path:
+    """DeepSpeed's file of one rank's masters, moments and loss scale."""
+    name = f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+    of_bf16 = folder / f"bf16_{name}"  # DeepSpeed names a bf16 run's shards so
+    return of_bf16 if of_bf16.is_file() else folder / name
+
+
+def ema_name(rank: int) -> str:
+    """File of one rank's mean weights."""
+    return f"ema_rank{rank:04d}.safetensors"
 
 
 class _Opaque:
@@ -62,27 +70,6 @@ class GroupLayout:
         return sum(math.prod(shape) for _, shape in self.parameters)
 
 
-def find_step_folder(path: str | Path) -> Path:
-    """``path`` itself if it is a step folder, else the newest complete step of the run folder (or its ``checkpoints``) that it is.
-
-    Raises:
-        CheckpointError: nothing complete there.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise CheckpointError(f"'{path}' is no folder. Give a run folder, or one of the step… folders in its checkpoints.")
-    if (path / MANIFEST).is_file():
-        return path
-    manifests = [*path.glob(f"step*/{MANIFEST}"), *path.glob(f"checkpoints/step*/{MANIFEST}")]
-    complete = [manifest.parent for manifest in manifests if not manifest.parent.name.endswith(PARTIAL)]
-    if not complete:
-        raise CheckpointError(
-            f"'{path}' holds no complete checkpoint: neither it nor a step folder in it has a {MANIFEST}, which is written last. "
-            "Give a run folder that has saved at least once."
-        )
-    return max(complete, key=lambda folder: folder.name)
-
-
 class CheckpointWeights:
     """The weights of one complete step folder.
 
@@ -96,18 +83,18 @@ class CheckpointWeights:
         CheckpointError: no or an unreadable manifest.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, key: bytes | None = None) -> None:
         self.folder = folder
         try:
-            self.manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            if self.manifest["format"] != FORMAT:
-                raise ValueError(f"format {self.manifest['format']!r} where {FORMAT} is known")
+            self.manifest: dict[str, Any] = read_manifest(folder, key)
             self.step = int(self.manifest["step"])
             self._world_size = int(self.manifest["world_size"])
             self.model_config = dict(self.manifest["model"])
             self.groups = [_layout(group) for group in self.manifest["groups"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"'{folder / MANIFEST}' cannot be used ({error!r}). Export another step of the run.") from error
+        except CheckpointError as error:
+            raise CheckpointError(f"The checkpoint '{folder}' cannot be used: {error}. Take another step of the run.") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"'{folder / MANIFEST}' cannot be used ({error!r}). Take another step of the run.") from error
 
     def run_config(self) -> dict[str, Any]:
         """The ``rdtf`` object of the run's resolved experiment, ``config.json`` in the run folder.
@@ -148,7 +135,7 @@ class CheckpointWeights:
     def _shard(self, rank: int, weights: Weights, files: ExitStack) -> Shard:
         if weights == "master":
             return self._master_shard(rank)
-        path = self._intact(f"ema_rank{rank:04d}.safetensors", "It is the mean of the weights; --weights master exports without it.")
+        path = self._intact(ema_name(rank), "It is the mean of the weights; --weights master exports without it.")
         try:
             stored = files.enter_context(safe_open(path, framework="pt"))
             return lambda number: stored.get_tensor(self.groups[number].name)
@@ -156,9 +143,7 @@ class CheckpointWeights:
             raise CheckpointError(f"'{path}' cannot be read ({error}). Export another step.") from error
 
     def _master_shard(self, rank: int) -> Shard:
-        suffix = f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-        bf16 = (self.folder / f"bf16_{suffix}").is_file()  # DeepSpeed names a bf16 run's shards so
-        path = self._intact(f"bf16_{suffix}" if bf16 else suffix, "Export another step of the run.")
+        path = self._intact(shard_path(self.folder, rank).name, "Export another step of the run.")
         try:
             with torch.serialization.safe_globals([(_Opaque, name) for name in _DEEPSPEED_CLASSES]):
                 state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["optimizer_state_dict"]
@@ -173,14 +158,11 @@ class CheckpointWeights:
 
     def _intact(self, name: str, remedy: str) -> Path:
         """The path of a file whose bytes are those that were committed."""
-        path = self.folder / name
-        committed = self.manifest.get("files", {}).get(name)
-        if committed is None or not path.is_file():
+        if name not in self.manifest["files"] or not (self.folder / name).is_file():
             raise CheckpointError(f"'{self.folder}' has no {name}. {remedy}")
-        with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != committed["sha256"]:
-                raise CheckpointError(f"'{path}' was changed or damaged since it was written: its SHA-256 is not the manifest's. {remedy}")
-        return path
+        if (flaw := flaw_of(self.folder, self.manifest, {name})) is not None:
+            raise CheckpointError(f"'{self.folder}': {flaw}. {remedy}")
+        return self.folder / name
 
 
 def _layout(group: dict[str, Any]) -> GroupLayout:

@@ -1,0 +1,77 @@
+"""DeepSpeed's checkpoint files, with writes that never tear and reads that never run code."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rdtf_ds.checkpoints.durable import Digest, write_file
+from rdtf_ds.checkpoints.resharding import Reopened, model_states, shard_to_load
+from rdtf_ds.checkpoints.weights import MODEL_STATES, shard_path
+
+
+def recovery_script() -> bytes:
+    """DeepSpeed's ``zero_to_fp32.py``, which joins shards without this package; by unpickling, so for one's own checkpoints only."""
+    from deepspeed.utils import zero_to_fp32
+
+    return Path(zero_to_fp32.__file__).read_bytes()
+
+
+def read_shard(path: Path) -> Any:
+    """The content of a file of DeepSpeed's, memory-mapped.
+
+    Raises:
+        pickle.UnpicklingError: It holds a class that our own shards do not; nothing of it was run.
+        OSError, RuntimeError, EOFError: It is no such file.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, fragment_address, ZeroStageEnum]):
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+
+
+def shard_files() -> Any:
+    """What DeepSpeed writes and reads its files with, in place of its own `CheckpointEngine`."""
+    from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+
+    class ShardFiles(CheckpointEngine):  # type: ignore[misc]  # deepspeed has no types
+        """``save`` keeps its error for the vote of all ranks instead of leaving the others in a barrier; ``load`` gives what was
+        prepared, so that all ranks have read their files before any of them changes."""
+
+        def __init__(self) -> None:
+            self.failure: str | None = None
+            self.written: dict[str, Digest] = {}
+            self.prepared: dict[str, Any] = {}
+
+        def create(self, info: Any) -> None: ...
+
+        def save(self, state_dict: Any, path: str) -> None:
+            try:
+                self.written[Path(path).name] = write_file(Path(path), lambda file: torch.save(state_dict, file))
+            except Exception as error:  # a full disk shows as OSError or RuntimeError; whatever it is, the others must hear of it
+                self.failure = f"{path}: {error}"
+
+        def prepare(self, folder: Path, written_by: int, rank: int, world_size: int) -> None:
+            # Memory-mapped: of the other ranks' files no more is read than what is taken from them.
+            shards = [Reopened(partial(read_shard, shard_path(folder, old))) for old in range(written_by)]
+
+            def model() -> Any:
+                return model_states(read_shard(folder / MODEL_STATES), world_size)
+
+            model()  # that it can be read is known before anything changes
+            shard = shard_to_load(shards, rank, world_size)
+            self.prepared = {"model_states.pt": model, "optim_states.pt": lambda: shard}
+
+        def load(self, path: str, map_location: Any = None) -> Any:
+            (suffix,) = [suffix for suffix in self.prepared if path.endswith(suffix)]
+            return self.prepared[suffix]()
+
+        def commit(self, info: Any) -> bool:
+            return True
+
+    return ShardFiles()
