@@ -2,7 +2,7 @@
 
 After a resume every step stands in both once: ``metrics.jsonl`` is cut at the step the run goes on from, and TensorBoard is told to
 forget what came later (``purge_step``). Both are flushed before a checkpoint is committed, so that of what is older than it a killed run
-misses nothing. A full disk costs ``metrics.jsonl`` no line: what cannot be written waits in memory, and without it no checkpoint is
+misses nothing. A full disk costs neither a line: what cannot be written waits in memory, and without it no checkpoint is
 committed.
 """
 
@@ -10,20 +10,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tensorboard.compat.proto.summary_pb2 import Summary
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from rdtf_ds.checkpoints.durable import replace_file
@@ -32,6 +28,7 @@ from rdtf_ds.data.step_plan import StepPlan
 from rdtf_ds.diffusion.masks import level
 from rdtf_ds.errors import UserError
 from rdtf_ds.training.engine import StepOutcome
+from rdtf_ds.training.log_files import Board, GrowingFile
 
 METRICS = "metrics.jsonl"
 
@@ -151,18 +148,14 @@ class RunLog:
             return
         try:
             kept = truncate_metrics(folder / METRICS, first_step)
-            self._metrics = _Lines(folder / METRICS)
+            self._metrics, self._board = GrowingFile(folder / METRICS), Board(folder / "tensorboard", first_step)
         except OSError as error:
-            raise UserError(f"'{folder / METRICS}' cannot be written ({error.strerror}). Free some space and start again.") from error
+            path = error.filename or folder / METRICS
+            raise UserError(f"'{path}' cannot be written ({error.strerror}). Free some space and start again.") from error
         self._skipped_steps = sum(bool(line.get("skipped")) for line in kept)
-        self._board: SummaryWriter | None = None
-        self._board_folder = str(folder / "tensorboard")
-        self._purge_step: int | None = first_step
-        self._alarmed = self._board_failed = False
-        with self._showing() as board:
-            if not first_step:
-                board.add_text("config", f"```json\n{json.dumps(config, indent=2)}\n```", 0)
-                board.flush()
+        self._alarmed = False
+        if not first_step:
+            self._board.text("config", f"```json\n{json.dumps(config, indent=2)}\n```", 0)
         self._bar = tqdm(total=max_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=None, file=sys.stderr)
         self._first_step, self._max_steps, self._started = first_step, max_steps, time.monotonic()
 
@@ -178,10 +171,10 @@ class RunLog:
             return
         metrics = record.metrics()
         self._skipped_steps += metrics["skipped"]
-        self._told(self._metrics.add(json.dumps(metrics)))
-        with self._showing() as board:
-            for tag, value in scalars(metrics, self._skipped_steps).items():
-                board.add_scalar(tag, value, metrics["step"])
+        self._metrics.write(f"{json.dumps(metrics)}\n".encode())
+        for tag, value in scalars(metrics, self._skipped_steps).items():
+            self._board.scalar(tag, value, metrics["step"])
+        self._pass_on()
         self._show(metrics["step"] + 1, f"loss {record.outcome.loss:.4f}, level {metrics['target_level']:.2f}, k {metrics['k']}")
 
     def _show(self, done: int, text: str) -> None:
@@ -202,11 +195,8 @@ class RunLog:
         if self._quiet:
             return
         height, width = frames_shape
-        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=path.read_bytes())
         # SummaryWriter.add_video needs moviepy and re-encodes; the file format itself just holds the bytes.
-        with self._showing() as board:
-            writer = board._get_file_writer()  # type: ignore[no-untyped-call]
-            writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), done - 1)
+        self._board.picture(tag, path.read_bytes(), height, width, done - 1)
 
     def say(self, text: str) -> None:
         """A line for the person watching, above the progress bar."""
@@ -219,85 +209,30 @@ class RunLog:
 
     def scalar(self, tag: str, value: float, done: int) -> None:
         """A value of TensorBoard's alone, at the last of ``done`` attempted steps."""
-        if self._quiet:
-            return
-        with self._showing() as board:
-            board.add_scalar(tag, value, max(done - 1, 0))
+        if not self._quiet:
+            self._board.scalar(tag, value, max(done - 1, 0))
 
     def flush(self) -> str | None:
-        """Put everything logged so far on disk; what of ``metrics.jsonl`` could not be, or None."""
-        if self._quiet:
-            return None
-        with self._showing() as board:
-            board.flush()
-            self._board_failed = False
-        failure = self._metrics.flush()
-        self._told(failure)
-        return failure
+        """Put everything logged so far on disk; why that is not possible, or None."""
+        return None if self._quiet else self._pass_on(sync=True)
 
     def close(self) -> None:
         if self._quiet:
             return
         self.flush()
         self._metrics.close()
-        with self._showing() as board:
-            board.close()
+        self._board.file.close()
         self._bar.close()
 
-    def _told(self, failure: str | None) -> None:
-        """Say it when the log begins to fail, and when it no longer does."""
+    def _pass_on(self, sync: bool = False) -> str | None:
+        """To the files; says when they begin to fail, and when they no longer do."""
+        failure = self._metrics.pass_on(sync) or self._board.file.pass_on(sync)
         if failure and not self._alarmed:
-            self.alarm(f"{failure}. Lines are kept in memory and written as soon as that works; training goes on.")
+            self.alarm(f"{failure}. What is logged is kept in memory and written as soon as that works; training goes on.")
         elif not failure and self._alarmed:
             self.say("The log can be written again.")
         self._alarmed = failure is not None
-
-    @contextmanager
-    def _showing(self) -> Iterator[SummaryWriter]:
-        """TensorBoard's writer. A disk that refuses costs it what is not yet written, for it keeps no copy; then a new one takes over."""
-        try:
-            if self._board is None:
-                self._board = SummaryWriter(self._board_folder, purge_step=self._purge_step)
-                self._purge_step = None  # once
-            yield self._board
-        except OSError as error:
-            if not self._board_failed:
-                self.alarm(f"TensorBoard's files in '{self._board_folder}' cannot be written ({error}): it will miss some steps.")
-            self._board, self._board_failed = None, True
-
-
-class _Lines:
-    """Appends lines to a file, each whole or not at all; those a disk refuses are kept, in order, for the next time."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._waiting = path, b""
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115  open for the whole run
-        self._size = path.stat().st_size
-
-    def add(self, line: str) -> str | None:
-        """Append a line; returns why it could not be written, or None."""
-        self._waiting += f"{line}\n".encode()
-        return self._write(sync=False)
-
-    def flush(self) -> str | None:
-        """Put all lines on the disk; returns why that is not possible, or None."""
-        return self._write(sync=True)
-
-    def _write(self, sync: bool) -> str | None:
-        try:
-            written = self._file.write(self._waiting) if self._waiting else 0
-            if written != len(self._waiting):
-                self._file.truncate(self._size)
-                return f"'{self._path}' cannot be written: no space left"
-            self._size, self._waiting = self._size + written, b""
-            if sync:
-                os.fsync(self._file.fileno())
-        except OSError as error:
-            return f"'{self._path}' cannot be written: {error.strerror}"
-        return None
-
-    def close(self) -> None:
-        self._file.close()
+        return failure
 
 
 def truncate_metrics(path: Path, first_step: int) -> list[dict[str, Any]]:

@@ -12,7 +12,6 @@ import functools
 import os
 import resource
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,16 +76,6 @@ def failing_save(first: int = 1, last: int = sys.maxsize) -> None:
     _in_saves(first, last, full)
 
 
-def slow_save(seconds: int) -> None:
-    """torch.save takes so much longer."""
-
-    def slow(original: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        time.sleep(seconds)
-        return original(*arguments, **named)
-
-    _in_saves(1, sys.maxsize, slow)
-
-
 def small_files(bytes: int, first: int = 1, last: int = sys.maxsize) -> None:
     """No file may grow beyond so many bytes in these saves: what a quota or RLIMIT_FSIZE does."""
 
@@ -131,7 +120,7 @@ def measure() -> None:
     _wrap(rdtf_ds.train, "train", train)
 
 
-_ALL = (gil, nan, failing_save, slow_save, small_files, dump, measure)
+_ALL = (gil, nan, failing_save, small_files, dump, measure)
 FAULTS: dict[str, Callable[..., None]] = {fault.__name__: fault for fault in _ALL}
 
 

@@ -27,7 +27,7 @@ class FaultTable:
         self.rows: dict[str, Row] = {}
 
     def __call__(self, test: str, bar: str, measured: str) -> None:
-        """Enter what came out of a test; before it is judged, so that the table cannot flatter."""
+        """Enter what came out of a test."""
         self.rows[test] = Row(test, bar, measured, f"{date.today().isoformat()}, {len(os.sched_getaffinity(0))} cores")
 
     def write(self, document: Path) -> None:

@@ -52,24 +52,34 @@ DAMAGES: dict[str, Callable[[Path, Path], None]] = {
 }
 
 
-def test_no_damage_is_accepted(saves, tmp_path, fault_table):
+def damage_everything(saves: Saves, folder: Path) -> tuple[int, list[str]]:
+    """Damages tried, and those that were accepted or did not lead to the previous checkpoint."""
     previous, newest = reversed(CheckpointStore(saves.past).candidates())
     accepted, tried = [], 0
     for name in sorted(path.name for path in newest.iterdir()):
         for damage, spoil in DAMAGES.items():
-            folder = tmp_path / "spoilt"
             shutil.copytree(saves.past, folder)
-            before = digest_file(folder / newest.name / name)
-            spoil(folder / newest.name / name, folder / previous.name / name)
             path = folder / newest.name / name
-            if path.is_file() and not path.is_symlink() and digest_file(path) == before:
-                shutil.rmtree(folder)
-                continue  # the two checkpoints share this file's bytes
-            tried += 1
-            found, reasons = CheckpointStore(folder).newest()
-            if found != folder / previous.name or len(reasons) != 1:
-                accepted.append(f"{name} {damage}: {found}, {reasons}")
+            before = digest_file(path)
+            spoil(path, folder / previous.name / name)
+            same = path.is_file() and not path.is_symlink() and digest_file(path) == before  # the two checkpoints share its bytes
+            if not same:
+                tried += 1
+                found, reasons = CheckpointStore(folder).newest()
+                if found != folder / previous.name or len(reasons) != 1:
+                    accepted.append(f"{name} {damage}: {found}, {reasons}")
             shutil.rmtree(folder)
+    return tried, accepted
+
+
+def test_no_damage_is_accepted(saves, tmp_path):
+    tried, accepted = damage_everything(saves, tmp_path / "spoilt")
+    assert tried >= 50 and accepted == []
+
+
+@pytest.mark.soak
+def test_the_count_of_damages(saves, tmp_path, fault_table):
+    tried, accepted = damage_everything(saves, tmp_path / "spoilt")
     fault_table(
         "every file of a checkpoint deleted, cut short (0, 1 byte, 50 %, 99.9 %), a bit flipped (first, middle, last), swapped, linked",
         "0 silent acceptances; previous tag used",
@@ -105,34 +115,54 @@ def reseal(folder: Path, **changes: object) -> None:
     write_manifest(folder, manifest)
 
 
-def test_a_doctored_pickle_is_refused_not_run(saves, tmp_path, fault_table):
+def doctor_every_shard(saves: Saves, folder: Path) -> tuple[int, int]:
+    """Shards doctored, and payloads that ran, though the manifest was sealed anew to go with them."""
     (_, newest) = reversed(CheckpointStore(saves.past).candidates())
-    shards = [path for path in sorted(newest.iterdir()) if path.suffix == ".pt"]
-    assert len(shards) == 2
-    ran = 0
-    for shard in shards:
-        folder = tmp_path / "doctored"
+    shards, ran = [path.name for path in sorted(newest.iterdir()) if path.suffix == ".pt"], 0
+    for name in shards:
         shutil.copytree(saves.past, folder)
-        doctored = folder / newest.name / shard.name
-        content = torch.load(doctored, weights_only=False)
-        torch.save({**content, "more": Payload(tmp_path / "ran")}, doctored)
+        doctored, marker = folder / newest.name / name, folder / "ran"
+        torch.save({**torch.load(doctored, weights_only=False), "more": Payload(marker)}, doctored)
         reseal(folder / newest.name)
         assert CheckpointStore(folder).newest()[0] == folder / newest.name, "the digests do not give it away"
         assert saves.resumed_step(folder) == 1
-        ran += (tmp_path / "ran").exists()
+        ran += marker.exists()
         shutil.rmtree(folder)
-    bar = "never executed; refused"
-    fault_table("doctored pickle in each shard, the manifest sealed anew", bar, f"{len(shards)} shards: {ran} executed")
-    assert ran == 0
+    return len(shards), ran
 
 
-@pytest.mark.parametrize("name", ["../../elsewhere", "/etc/hostname", "..", "a/b", "a\\b", "", "."])
-def test_a_manifest_that_names_files_outside_is_refused(saves, name):
-    (_, newest) = reversed(CheckpointStore(saves.past).candidates())
-    files = read_manifest(newest)["files"]
-    reseal(newest, files={**files, name: {"bytes": 1, "sha256": "0" * 64}})
-    assert "is no file of its own folder" in CheckpointStore(saves.past).newest()[1][0]
-    assert saves.resumed_step(saves.past) == 1
+def test_a_doctored_pickle_is_refused_not_run(saves, tmp_path):
+    assert doctor_every_shard(saves, tmp_path / "doctored") == (2, 0)
+
+
+OUTSIDE = ["../../elsewhere", "/etc/hostname", "..", "a/b", "a\\b", "", "."]
+
+
+@pytest.mark.soak
+def test_the_count_of_doctored_files(saves, tmp_path, fault_table):
+    shards, ran = doctor_every_shard(saves, tmp_path / "doctored")
+    refused = sum(names_outside_refused(saves, tmp_path / f"named{number}", name) for number, name in enumerate(OUTSIDE))
+    (saves.past / "latest").write_text("../elsewhere")
+    followed = saves.resumed_step(saves.past) != 2
+    fault_table(
+        "doctored pickle in each shard, the manifest sealed anew; traversal in tag, latest, manifest",
+        "never executed; refused",
+        f"{shards} shards: {ran} executed; {refused} of {len(OUTSIDE)} manifests that name files outside refused; latest not followed",
+    )
+    assert ran == 0 and refused == len(OUTSIDE) and not followed
+
+
+def names_outside_refused(saves: Saves, folder: Path, name: str) -> bool:
+    shutil.copytree(saves.past, folder)
+    (_, newest) = reversed(CheckpointStore(folder).candidates())
+    reseal(newest, files={**read_manifest(newest)["files"], name: {"bytes": 1, "sha256": "0" * 64}})
+    told = CheckpointStore(folder).newest()[1][0]
+    return "is no file of its own folder" in told and saves.resumed_step(folder) == 1
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_manifest_that_names_files_outside_is_refused(saves, tmp_path, name):
+    assert names_outside_refused(saves, tmp_path / "named", name)
 
 
 @pytest.mark.parametrize("entry", [None, 3, {"bytes": "4", "sha256": "x"}, {"bytes": 4}, ["a"]])

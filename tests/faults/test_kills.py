@@ -55,7 +55,8 @@ class Tally:
     def __str__(self) -> str:
         victims = ", ".join(f"{victim} {count}" for victim, count in sorted(self.victims.items()))
         told = f"{self.kills} kills ({victims}), {self.ranks[2]} on 2 ranks, {self.cut} cut a save; {self.runs} runs done; "
-        return told + (f"{len(self.wrong)} WRONG: {'; '.join(self.wrong)}" if self.wrong else "0 / 0 / 0 bits differ")
+        good = "0 from step 0, 0 from an older commit, 0 bits differ"
+        return told + (f"{len(self.wrong)} WRONG: {'; '.join(self.wrong)}" if self.wrong else good)
 
 
 class Campaign:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import resource
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from rdtf_ds.data.step_plan import SamplePlan, StepPlan
 from rdtf_ds.data.writing import write_clip
 from rdtf_ds.diffusion.masks import Task
 from rdtf_ds.training.engine import StepOutcome
-from rdtf_ds.training.telemetry import RunLog, StepRecord, Stopwatch, _Lines, scalars, truncate_metrics
+from rdtf_ds.training.log_files import GrowingFile
+from rdtf_ds.training.telemetry import RunLog, StepRecord, Stopwatch, scalars, truncate_metrics
 
 LOSS = 0.1 + 0.2  # needs every digit: 0.30000000000000004
 
@@ -139,34 +141,46 @@ def test_a_stopwatch_adds_up_phases():
     assert sum(watch.read().values()) == pytest.approx(0, abs=1.0)
 
 
-def test_a_full_disk_costs_no_line(tmp_path):
+@contextmanager
+def largest_file(size):
     """A file size limit does what a full disk does: it cuts a write short, then refuses."""
-    lines = _Lines(tmp_path / "x")
-    assert lines.add("first") is None and lines.flush() is None
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (9, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
-        assert "cannot be written" in lines.add("second") and "cannot be written" in lines.add("third")
-        assert (tmp_path / "x").read_text() == "first\n", "no line is there in part"
-        assert "cannot be written" in lines.flush()
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert lines.flush() is None
-    lines.add("fourth")
+
+
+def test_a_full_disk_costs_no_line(tmp_path):
+    lines = GrowingFile(tmp_path / "x")
+    lines.write(b"first\n")
+    assert lines.pass_on() is None and lines.pass_on(sync=True) is None
+    with largest_file(9):
+        for line in (b"second\n", b"third\n"):
+            lines.write(line)
+            assert "cannot be written" in lines.pass_on()
+        assert (tmp_path / "x").read_text() == "first\n", "no line is there in part"
+        assert "cannot be written" in lines.pass_on(sync=True)
+    assert lines.pass_on(sync=True) is None
+    lines.write(b"fourth\n")
+    assert lines.pass_on() is None
     lines.close()
     assert (tmp_path / "x").read_text() == "first\nsecond\nthird\nfourth\n"
 
 
-def test_a_tensorboard_that_cannot_be_written_is_an_alarm(tmp_path, monkeypatch, capsys):
-    log = RunLog(tmp_path, 0, 0, 9, {})
-
-    def full(*arguments):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(log._board, "add_scalar", full)
-    log.scalar("x", 1.0, 1)
-    log.scalar("x", 2.0, 2)
-    assert capsys.readouterr().err.count("ALARM: TensorBoard's files") == 1
-    assert log._board is not None, "a new writer has taken over"
-    assert log.flush() is None
-    log.close()
+def test_a_log_that_cannot_be_written_is_one_alarm_and_loses_nothing(tmp_path, capsys):
+    with RunLog(tmp_path, 0, 0, 9, {}) as log:
+        log.step(record(0))
+        with largest_file(10):
+            log.step(record(1))
+            log.scalar("x", 1.0, 2)
+            assert "cannot be written" in log.flush()
+        assert len(read(tmp_path)) == 1
+        log.step(record(2))
+        assert log.flush() is None
+    told = capsys.readouterr().err
+    assert told.count("ALARM: ") == 1 and told.count("The log can be written again.") == 1
+    assert [line["step"] for line in read(tmp_path)] == [0, 1, 2]
+    events = board(tmp_path)
+    assert [event.step for event in events.Scalars("loss/mean")] == [0, 1, 2] and [event.value for event in events.Scalars("x")] == [1.0]
