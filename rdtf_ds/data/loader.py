@@ -10,8 +10,10 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import signal
+import sys
 from collections.abc import Iterator
 from itertools import count
+from types import TracebackType
 
 import torch
 from torch.utils.data import DataLoader, Sampler
@@ -137,3 +139,10 @@ def _start_worker(worker_id: int) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None and parent.pid is not None
     die_with_parent(parent.pid)  # even stuck where torch's own check for a lost parent is never reached
+    sys.excepthook = _report
+
+
+def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """An error outside of making batches. That the main process hung up, in the middle of taking one over, is its end and no error."""
+    if not issubclass(kind, ConnectionError):
+        sys.__excepthook__(kind, error, trace)

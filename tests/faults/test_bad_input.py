@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from rdtf_ds.checkpoints.store import CheckpointStore, Tag
 from rdtf_ds.data.synthetic import write_stickers
-from rdtf_ds.training.checkpoint import find_latest
 
 ROOT = Path(__file__).resolve().parents[2]
 FAST = ("--set", "train_batch_size=2", "--set", "rdtf.data.workers=0", "--set", "rdtf.checkpoint.interval=1")
@@ -79,6 +79,48 @@ def test_a_batch_that_the_ranks_cannot_share(tmp_path):
     assert "cannot be split over 3" in message
 
 
+def test_a_number_of_ranks_whose_checkpoints_could_not_be_moved(tmp_path):
+    message = told(command("--output_dir", str(tmp_path), "--set", "train_batch_size=10"), WORLD_SIZE="5")
+    assert "5 GPUs cannot share" in message and "train_batch_size = 10: 1, 2." in message
+
+
+def test_a_folder_in_use_by_another_trainer(tmp_path, stickers):
+    folder = tmp_path / "run"
+    holder = subprocess.Popen(
+        command("--output_dir", str(folder), "--data_dir", str(stickers), "--max_steps", "5000", *FAST), cwd=ROOT, env=environment(),
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 300
+        while not (folder / "metrics.jsonl").exists():
+            assert holder.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        second = command("--output_dir", str(folder), "--data_dir", str(stickers), *FAST)
+        done = subprocess.run(second, cwd=ROOT, env=environment(), text=True, timeout=300, capture_output=True)
+        told_so = " ".join(done.stderr.split())
+        assert done.returncode == 2 and "in use by another trainer, process" in told_so and "--output_dir" in told_so
+        assert "Traceback" not in done.stderr and holder.poll() is None
+        assert not (folder / "outcome.json").exists(), "the first one is still under way"
+        (folder / "stop").touch()
+        assert holder.wait(timeout=120) == 0
+        assert json.loads((folder / "outcome.json").read_text())["exit_code"] == 0 and not (folder / "stop").exists()
+    finally:
+        holder.kill()
+
+
+def test_a_stale_lock_of_a_compiler_stops_nobody(tmp_path, stickers):
+    """DeepSpeed's first start compiles an operator; killed meanwhile it leaves a lock at which later starts hang. Ours compiles none."""
+    for build in ("", "py311_cpu", f"py{sys.version_info.major}{sys.version_info.minor}_cpu"):
+        place = tmp_path / "extensions" / build / "deepspeed_shm_comm"
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "lock").touch()
+    arguments = command("--output_dir", str(tmp_path / "run"), "--data_dir", str(stickers), "--max_steps", "1", *FAST)
+    done = subprocess.run(
+        arguments, cwd=ROOT, env=environment(TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions")), text=True, timeout=300, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_fp16_without_a_gpu(tmp_path):
     message = told(command("--output_dir", str(tmp_path), "--data_dir", str(tmp_path), config="v100.json"))
     assert "fp16" in message and "rdtf.verify_fp16_on_cpu" in message
@@ -108,7 +150,7 @@ def test_a_checkpoint_of_another_model(finished, stickers, tmp_path):
     )  # fmt: skip
     assert "rdtf.model.block_out_channels was [8, 16] and is now [16, 16]" in message and "rdtf.seed was 0 and is now 9" in message
     assert (folder / "config.json").read_bytes() == config, "a refused resume leaves the run as it was"
-    assert find_latest(folder / "checkpoints")[1] == []
+    assert CheckpointStore(folder / "checkpoints").newest()[1] == []
 
 
 def test_a_run_that_is_done_says_so(finished, stickers):
@@ -145,7 +187,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path, stickers):
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     assert "Traceback" not in output + errors and "Interrupted" in errors
-    latest, reasons = find_latest(folder / "checkpoints")
+    latest, reasons = CheckpointStore(folder / "checkpoints").newest()
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert reasons == [] and steps == list(range(len(steps)))
-    assert len(steps) - 1 <= int(latest.name.removeprefix("step")) <= len(steps)
+    assert len(steps) - 1 <= Tag.of(latest.name).step <= len(steps)
