@@ -15,6 +15,7 @@ from rdtf_ds.training.assembly import Run
 from rdtf_ds.training.checkpoint import Resumed, Saved, SaveFailed, WeightsNotFinite, resume_checkpoint, save_checkpoint
 from rdtf_ds.training.collectives import gather_objects
 from rdtf_ds.training.incidents import Diverged, NumbersWentBad
+from rdtf_ds.training.interruptions import ctrl_c_waits
 from rdtf_ds.training.telemetry import RunLog
 
 _PROBE_BYTES = 1 << 26
@@ -38,7 +39,8 @@ def save(run: Run, log: RunLog) -> Saved | SaveFailed:
         "bad_steps": run.bad_steps.to_json(),
     }
     try:
-        saved = save_checkpoint(run.engine, run.ema, run.store, state, run.identity, run.description, log.flush())
+        with ctrl_c_waits():
+            saved = save_checkpoint(run.engine, run.ema, run.store, state, run.identity, run.description, log.flush())
     except SaveFailed as failure:
         run.failed_saves += 1
         log.alarm(f"{failure} Until then training goes on from memory.")

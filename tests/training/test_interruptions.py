@@ -10,7 +10,7 @@ import pytest
 
 from rdtf_ds.errors import UserError
 from rdtf_ds.exit_codes import DONE, RESTART
-from rdtf_ds.training.interruptions import Interruptions, Wishes
+from rdtf_ds.training.interruptions import Interruptions, Wishes, ctrl_c_waits
 
 NOTHING, STOPPING, SAVING = Wishes(save=False, stop=False), Wishes(save=False, stop=True), Wishes(save=True, stop=False)
 
@@ -189,3 +189,25 @@ def test_a_rank_notices_what_another_one_heard(tmp_path):
         assert not later.noticed()
         (tmp_path / "stop").touch()
         assert later.noticed()
+
+
+def test_ctrl_c_waits_for_the_end_of_a_save():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    reached = []
+    try:
+        with pytest.raises(KeyboardInterrupt), ctrl_c_waits():
+            signal.raise_signal(signal.SIGINT)
+            reached.append("the end")
+        assert reached == ["the end"]
+        with pytest.raises(KeyboardInterrupt), ctrl_c_waits():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            reached.append("too late")
+        assert reached == ["the end"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        with ctrl_c_waits():
+            pass
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with ctrl_c_waits():
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
