@@ -22,14 +22,16 @@ class Disk:
     """Stands in for ``os`` and ``open`` of `rdtf_ds.checkpoints.durable`; counts operations and stops after ``cut_after`` of them.
 
     Args:
-        limbo: An empty folder outside the one under test, for files that were removed and may come back.
+        folder: The folder under test.
+        limbo: An empty folder outside it, for files that were removed and may come back.
         cut_after: Operations that still happen; None: all.
         lose: Whether data not flushed and names whose folder was not flushed are lost with the power.
     """
 
-    def __init__(self, limbo: Path, cut_after: int | None = None, lose: bool = False) -> None:
-        self._limbo, self._cut_after, self._lose = limbo, cut_after, lose
+    def __init__(self, folder: Path, limbo: Path, cut_after: int | None = None, lose: bool = False) -> None:
+        self._folder, self._limbo, self._cut_after, self._lose = folder, limbo, cut_after, lose
         self.done: list[str] = []
+        self._is_off = False
         self._pending: list[tuple[Path, Callable[[], None]]] = []  # folder or file that must be flushed, how it is lost
         self._paths: dict[int, Path] = {}
         self._renamed: list[tuple[Path, Path]] = []
@@ -124,12 +126,17 @@ class Disk:
         os.rename(path, limbo)
         self._undoable(path.parent, lambda: os.rename(limbo, path) if path.parent.is_dir() else None)
 
+    @property
+    def found(self) -> Path:
+        """What is on the disk when the power is back, whatever the code under test still did; the folder itself without a cut."""
+        return self._limbo / "found" if self._is_off else self._folder
+
     def _cut(self) -> None:
-        if self._lose:
-            for _, undo in reversed(self._pending):
+        if not self._is_off:
+            for _, undo in reversed(self._pending) if self._lose else ():
                 undo()
-            self._pending = []
-        self._lose = False
+            shutil.copytree(self._folder, self._limbo / "found")
+            self._is_off = True
         raise PowerCut(self.done[-1] if self.done else "before anything")
 
 
