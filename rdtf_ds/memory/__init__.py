@@ -1,0 +1,1 @@
+"""Predicts how much memory a run needs, before anything is allocated."""

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from rdtf_ds.memory.activations import GradientArrival, TrainingTrace
+from rdtf_ds.memory.gpus import GPU
+from rdtf_ds.memory.levers import largest_micro_batch, smallest_changes
+from rdtf_ds.memory.planner import Group, Setup, Sources, plan
+
+ELEMENTS, PARAMETERS = 49_152 * 2_000, 100  # about a tenth of DFGN
+SETUP = Setup(
+    ranks=1, global_batch=16, micro_batch=4, compute_bytes=2, group_size=20_000_000, ema=True, checkpointing="none", autoencoder_slice=8,
+    frames=8, reduce_bucket=50_000_000, overlap_comm=False, validates=False,
+)  # fmt: skip
+
+
+def training(checkpointing, clips):
+    activations = clips * (400_000_000 if checkpointing == "none" else 50_000_000)
+    return TrainingTrace(activations, activations, arrivals(activations), 0)
+
+
+def arrivals(activations):
+    return tuple(GradientArrival(ELEMENTS // PARAMETERS, activations, activations) for _ in range(PARAMETERS))
+
+
+def groups(size):
+    count = -(-ELEMENTS // size)
+    in_each = PARAMETERS // count
+    return tuple(Group((ELEMENTS // PARAMETERS,) * in_each, 0, 8) for _ in range(count))
+
+
+SOURCES = Sources(groups, training, lambda clips: 0, lambda frames: 0, lambda frames: 0, 0)
+
+
+def card(size):
+    return GPU("card", size, (7, 0))
+
+
+def peak(**changes):
+    return plan(replace(SETUP, **changes), SOURCES, card(0)).peak.total
+
+
+def told(gpu, setup=SETUP):
+    found = smallest_changes(setup, SOURCES, gpu)
+    return None if found is None else [change.told.split(" (")[0] for change in found[0]]
+
+
+def test_nothing_is_changed_that_fits():
+    found = smallest_changes(SETUP, SOURCES, card(peak()))
+    assert found is not None and found[0] == () and found[1].setup == SETUP
+
+
+def test_one_change_is_better_than_two_and_a_cheap_one_than_a_dear_one():
+    assert told(card(peak() - 1)) == ["zero_optimization.reduce_bucket_size=5000000"]
+    assert told(card(peak(checkpointing="blocks"))) == ["rdtf.memory.activation_checkpointing=blocks"]
+    both = told(card(peak(checkpointing="blocks", micro_batch=1)))
+    assert both is not None and len(both) == 2 and both[-1] == "train_micro_batch_size_per_gpu=1"
+
+
+def test_the_quality_of_clips_goes_before_more_money():
+    everything = {"checkpointing": "blocks", "micro_batch": 1, "reduce_bucket": 5_000_000, "group_size": 10_000_000}
+    small = replace(SETUP, **everything, autoencoder_slice=1)
+    assert told(card(peak(**everything, ema=False)), small) == ["rdtf.ema.enabled=false"]
+    # Of so small a model two cards share less than what NCCL takes.
+    assert told(card(peak(**everything, ema=False) - 1), small) == ["4 GPUs"]
+
+
+def test_gpu_counts_share_the_batch_and_what_nothing_helps_is_none():
+    alone = replace(SETUP, global_batch=12, micro_batch=1)
+    found = told(card(peak(global_batch=12, micro_batch=1, ranks=12)), alone)
+    assert found is not None and found[-1] in ("2 GPUs", "3 GPUs", "4 GPUs", "6 GPUs", "12 GPUs")
+    assert told(card(0)) is None
+
+
+def test_changes_lead_to_the_plan_that_comes_with_them():
+    found = smallest_changes(SETUP, SOURCES, card(peak(checkpointing="blocks")))
+    assert found is not None
+    assert found[1] == plan(replace(SETUP, checkpointing="blocks"), SOURCES, card(peak(checkpointing="blocks")))
+    assert found[1].fits
+
+
+@pytest.mark.parametrize(("fitting", "room"), [(1, 1), (2, 2), (2, 3), (4, 4), (8, 15)])
+def test_largest_micro_batch_divides_the_batch(fitting, room):
+    gpu = card(peak(micro_batch=2) + round(1.05 * 400_000_000 * (room - 2)) + 1000)
+    assert largest_micro_batch(SETUP, SOURCES, gpu) == fitting
+    assert plan(replace(SETUP, micro_batch=fitting), SOURCES, gpu).fits
+
+
+def test_largest_micro_batch_at_the_ends():
+    assert largest_micro_batch(SETUP, SOURCES, card(peak(micro_batch=16))) == 16
+    assert largest_micro_batch(SETUP, SOURCES, card(peak(micro_batch=1) - 1)) is None
+
+
+def test_a_whole_step_at_once_may_fit_where_half_of_it_does_not():
+    """Nothing accumulates then."""
+    light = replace(SOURCES, training=lambda mode, clips: TrainingTrace(0, 0, arrivals(clips), 0))
+    gpu = card(plan(replace(SETUP, micro_batch=16), light, card(0)).peak.total)
+    assert not plan(replace(SETUP, micro_batch=8), light, gpu).fits
+    assert largest_micro_batch(SETUP, light, gpu) == 16
