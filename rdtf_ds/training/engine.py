@@ -30,6 +30,9 @@ COLLECTIVE_TIMEOUT = timedelta(hours=4)
 """How long a rank waits for the others: longer than `rdtf.watchdog` lets it, which knows what it was doing and ends the run cleanly."""
 
 
+_PORTS_TRIED = 5
+
+
 @dataclass(frozen=True)
 class StepOutcome:
     """What one attempted optimizer step did; the same on every rank.
@@ -81,7 +84,7 @@ def start_distributed(device_type: str, verify_fp16_on_cpu: bool = False) -> tup
         get_accelerator().is_fp16_supported = lambda: True
     for key, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(key, value)
-    os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    port_is_ours = "MASTER_PORT" not in os.environ
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # Of several convolution algorithms cuDNN may time, and of those it may pick, only these repeat a step exactly.
@@ -90,18 +93,23 @@ def start_distributed(device_type: str, verify_fp16_on_cpu: bool = False) -> tup
         # Each rank would take all cores, and the ranks would wait for each other's threads.
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
-    try:
-        deepspeed.init_distributed(
-            dist_backend="nccl" if device_type == "cuda" else "gloo", auto_mpi_discovery=False, timeout=COLLECTIVE_TIMEOUT, verbose=False
-        )
-    except (dist.DistNetworkError, OSError) as error:
-        if "address already in use" not in str(error).lower() and "EADDRINUSE" not in str(error):
-            raise
-        address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-        raise UserError(
-            f"Port {port} on {address} is in use, so the ranks cannot meet: another run may be using it. Choose a free one with "
-            f"`deepspeed --master_port PORT ...` (or the environment variable MASTER_PORT without a launcher)."
-        ) from error
+    for attempt in range(_PORTS_TRIED, 0, -1):
+        if port_is_ours:
+            os.environ["MASTER_PORT"] = str(_free_port())
+        try:
+            backend = "nccl" if device_type == "cuda" else "gloo"
+            deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=COLLECTIVE_TIMEOUT, verbose=False)
+            break
+        except (dist.DistNetworkError, OSError) as error:
+            if "address already in use" not in str(error).lower() and "EADDRINUSE" not in str(error):
+                raise
+            if port_is_ours and attempt > 1:
+                continue  # somebody took it after it was found free
+            address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+            raise UserError(
+                f"Port {port} on {address} is in use, so the ranks cannot meet: another run may be using it. Choose a free one with "
+                f"`deepspeed --master_port PORT ...` (or the environment variable MASTER_PORT without a launcher)."
+            ) from error
     return dist.get_rank(), dist.get_world_size()
 
 

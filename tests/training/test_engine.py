@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
+import sys
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -239,3 +242,19 @@ def test_timesteps_are_exchanged_on_the_device_of_the_losses(make_engine):
     losses = engine.forward(torch.ones(2, 32, dtype=engine.dtype)).float().mean(dim=1)
     engine.backward(losses, timesteps)
     timesteps.detach().to.assert_called_with(losses.device)
+
+
+def test_a_port_taken_at_the_last_moment_is_not_the_users_problem(tmp_path):
+    """Without a launcher the port is our own choice: the first one is taken by another program between choice and use."""
+    script = """
+import socket, sys
+from rdtf_ds.training import engine
+taken = socket.socket(); taken.bind(("127.0.0.1", 0)); taken.listen()
+free, ports = engine._free_port, [taken.getsockname()[1]]
+engine._free_port = lambda: ports.pop() if ports else free()
+print("met", engine.start_distributed("cpu"), not ports)
+"""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MASTER_", "RANK", "WORLD"))}
+    environment = {**clean, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert "met (0, 1) True" in done.stdout, done.stderr
