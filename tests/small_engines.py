@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -18,6 +19,7 @@ EngineMaker = Callable[..., TrainingEngine]
 @pytest.fixture(scope="session")
 def process_group() -> Iterator[None]:
     start_distributed("cpu", verify_fp16_on_cpu=True)
+    del os.environ["MASTER_PORT"]  # in use from here on: runs that tests start must find one of their own
     yield
     stop_distributed()
 
