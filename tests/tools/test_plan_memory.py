@@ -12,6 +12,7 @@ from rdtf_ds.experiment import load_experiment
 from rdtf_ds.memory.encoders import read_encoders
 from rdtf_ds.memory.gpus import GPUS
 from rdtf_ds.memory.planner import plan
+from rdtf_ds.training.memory_plan import describe
 from tests.small_models import load_tool
 
 
@@ -84,7 +85,7 @@ def test_what_cannot_be_planned_is_one_paragraph(plan_memory, arguments, told):
 def test_the_full_model_on_one_card(tool, project_root):
     """The bars the project set itself, predicted: 35 % of a V100-32GB free with the encoders on it, a 16 GB card without EMA."""
     experiment = load_experiment(project_root / "ds_configs" / "v100.json", require_data=False)
-    setup, sources = tool.describe(experiment, 1, read_encoders(experiment.rdtf.encoders))
+    setup, sources = describe(experiment, 1, read_encoders(experiment.rdtf.encoders))
     groups = sources.groups(setup.group_size)
     assert sum(sum(group.sizes) for group in groups) == 955_305_956
     large = GPUS["v100-32gb"]
