@@ -57,7 +57,7 @@ class Run:
 
     Attributes:
         failed_saves: Checkpoints that could not be written since this start.
-        went_bad_at: Where the numbers of the last bad step first stopped being finite.
+        went_bad_at, weights_went_bad: Where the numbers of the last bad step first stopped being finite; whether in the weights.
         last_applied: Plan of the last step that changed the weights.
     """
 
@@ -76,6 +76,7 @@ class Run:
     bad_steps: BadSteps
     failed_saves: int = 0
     went_bad_at: str = ""
+    weights_went_bad: bool = False
     last_applied: StepPlan | None = None
 
     @property

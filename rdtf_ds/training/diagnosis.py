@@ -35,9 +35,8 @@ def first_nonfinite(network: nn.Module, losses: Callable[[], Tensor], scale: flo
     Returns:
         A phrase such as "output of mid_block.temporals.0 (STILayer) is inf", or None when everything is finite.
     """
-    for name, parameter in network.named_parameters():
-        if flaw := _flaw(parameter):
-            return f"weight {name} holds {flaw}"
+    if bad_weight := nonfinite_weight(network):
+        return bad_weight
     watch = _Watch(network)
     devices = sorted({p.device.index for p in network.parameters() if p.device.type == "cuda"})
     try:
@@ -50,6 +49,14 @@ def first_nonfinite(network: nn.Module, losses: Callable[[], Tensor], scale: flo
     except _Found as found:
         return str(found)
     return watch.bad_weight_gradient
+
+
+def nonfinite_weight(network: nn.Module) -> str | None:
+    """The first weight that holds a number which is not finite, as a phrase, or None."""
+    for name, parameter in network.named_parameters():
+        if flaw := _flaw(parameter):
+            return f"weight {name} holds {flaw}"
+    return None
 
 
 def _check_losses(losses: Tensor) -> None:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
 from rdtf_ds.data.dataset import Batch
 from rdtf_ds.training.assembly import Run
 from rdtf_ds.training.collectives import gather_objects
-from rdtf_ds.training.diagnosis import first_nonfinite
+from rdtf_ds.training.diagnosis import first_nonfinite, nonfinite_weight
 from rdtf_ds.training.incidents import Diverged, NumbersWentBad, go_back
 from rdtf_ds.training.telemetry import RunLog, StepRecord
 
 UNNAMED = "a second look found everything finite"
+
+
+class Finding(NamedTuple):
+    """Where numbers first stopped being finite, and whether that is in the weights: then the update before is to blame."""
+
+    what: str
+    in_weights: bool
 
 
 def name_what_went_bad(run: Run, log: RunLog, batches: Sequence[Batch], record: StepRecord) -> None:
@@ -21,22 +29,25 @@ def name_what_went_bad(run: Run, log: RunLog, batches: Sequence[Batch], record: 
 
     Each rank looks at its own micro-batches again, with the bare network: no collective is in it that a finding could leave waiting.
     """
-    found = None
+    found: Finding | None = None
     for batch in batches:
         found = found or _look(run, batch, record.outcome.loss_scale / len(batches))
-    told = [f"{what} on rank {rank}" for rank, what in enumerate(gather_objects(found)) if what]
-    run.went_bad_at = told[0] if told else UNNAMED
+    told = [Finding(f"{one.what} on rank {rank}", one.in_weights) for rank, one in enumerate(gather_objects(found)) if one]
+    run.went_bad_at, run.weights_went_bad = told[0] if told else Finding(UNNAMED, False)
     log.alarm(f"Step {record.plan.step} was skipped, its loss or gradients are not finite: {run.went_bad_at}.")
 
 
-def _look(run: Run, batch: Batch, scale: float) -> str | None:
+def _look(run: Run, batch: Batch, scale: float) -> Finding | None:
     def losses() -> Tensor:
         return run.objective.losses(run.engine.model, run.objective.encode(batch))
 
     try:
-        return first_nonfinite(run.engine.model, losses, scale)
+        if bad_weight := nonfinite_weight(run.engine.model):
+            return Finding(bad_weight, True)
+        what = first_nonfinite(run.engine.model, losses, scale)
+        return None if what is None else Finding(what, False)
     except Exception as error:  # looking must not be what ends the run; out of memory, say
-        return f"the look at it failed ({type(error).__name__})"
+        return Finding(f"the look at it failed ({type(error).__name__})", False)
 
 
 def send_back(run: Run, bad: NumbersWentBad) -> str:
@@ -48,7 +59,7 @@ def send_back(run: Run, bad: NumbersWentBad) -> str:
     newest = gather_objects(run.store.newest_step() if run.engine.rank == 0 else None)[0]
     if newest is None:
         raise Diverged(f"{bad} There is no checkpoint to go back to.")
-    if run.went_bad_at.startswith("weight ") and run.last_applied is not None:
+    if run.weights_went_bad and run.last_applied is not None:
         # What was skipped is not to blame: the update before it had left these weights.
         samples = run.last_applied.samples
         numbers, clips = [sample.sample_number for sample in samples], [sample.clip_id for sample in samples]

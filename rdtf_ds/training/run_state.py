@@ -47,7 +47,7 @@ def save(run: Run, log: RunLog) -> Saved | SaveFailed:
         log.scalar("checkpoint/failed_saves", run.failed_saves, done)
         return failure
     except WeightsNotFinite as error:
-        run.went_bad_at = str(error)
+        run.went_bad_at, run.weights_went_bad = str(error), False  # the samples of the update are named right here
         # No bad step was seen, so it is the last update that did it.
         samples = run.last_applied.samples if run.last_applied is not None else ()
         numbers, clips = [sample.sample_number for sample in samples], [sample.clip_id for sample in samples]

@@ -80,7 +80,7 @@ def small_files(bytes: int, first: int = 1, last: int = sys.maxsize) -> None:
     """No file may grow beyond so many bytes in these saves: what a quota or RLIMIT_FSIZE does."""
 
     def limited(original: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        with _file_size_limit(bytes):
+        with file_size_limit(bytes):
             return original(*arguments, **named)
 
     _in_saves(first, last, limited)
@@ -159,7 +159,8 @@ def _in_saves(first: int, last: int, around: Callable[..., Any]) -> None:
 
 
 @contextmanager
-def _file_size_limit(bytes: int) -> Iterator[None]:
+def file_size_limit(bytes: int) -> Iterator[None]:
+    """A file size limit does what a full disk does: it cuts a write short, then refuses."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (bytes, before[1]))
     try:

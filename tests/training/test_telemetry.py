@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import resource
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -16,6 +14,7 @@ from rdtf_ds.diffusion.masks import Task
 from rdtf_ds.training.engine import StepOutcome
 from rdtf_ds.training.log_files import GrowingFile
 from rdtf_ds.training.telemetry import RunLog, StepRecord, Stopwatch, scalars, truncate_metrics
+from tests.faults.saboteur import file_size_limit
 
 LOSS = 0.1 + 0.2  # needs every digit: 0.30000000000000004
 
@@ -141,22 +140,11 @@ def test_a_stopwatch_adds_up_phases():
     assert sum(watch.read().values()) == pytest.approx(0, abs=1.0)
 
 
-@contextmanager
-def largest_file(size):
-    """A file size limit does what a full disk does: it cuts a write short, then refuses."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def test_a_full_disk_costs_no_line(tmp_path):
     lines = GrowingFile(tmp_path / "x")
     lines.write(b"first\n")
     assert lines.pass_on() is None and lines.pass_on(sync=True) is None
-    with largest_file(9):
+    with file_size_limit(9):
         for line in (b"second\n", b"third\n"):
             lines.write(line)
             assert "cannot be written" in lines.pass_on()
@@ -172,7 +160,7 @@ def test_a_full_disk_costs_no_line(tmp_path):
 def test_a_log_that_cannot_be_written_is_one_alarm_and_loses_nothing(tmp_path, capsys):
     with RunLog(tmp_path, 0, 0, 9, {}) as log:
         log.step(record(0))
-        with largest_file(10):
+        with file_size_limit(10):
             log.step(record(1))
             log.scalar("x", 1.0, 2)
             assert "cannot be written" in log.flush()
