@@ -31,6 +31,7 @@ class Tag(NamedTuple):
 
     @property
     def name(self) -> str:
+        """Such as ``step00000040-0007``: attempted steps, commit."""
         return f"step{self.step:08d}-{self.commit:04d}"
 
     @classmethod

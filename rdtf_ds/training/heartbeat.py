@@ -128,10 +128,12 @@ class Silence:
 
     @property
     def phase(self) -> str:
+        """What the watched process said last that it does."""
         return self._memory[_PHASE].rstrip(b"\0").decode(errors="replace") or START
 
     @property
     def limit(self) -> float:
+        """Seconds of silence that are allowed in this phase; 0: any."""
         start, stall = struct.unpack("=dd", self._memory[_LIMITS])
         return float(start if self.phase == START else stall)
 

@@ -175,6 +175,7 @@ class Incidents:
 
     @property
     def all(self) -> tuple[Incident, ...]:
+        """From the first to the last."""
         return tuple(self._incidents)
 
     @property
