@@ -1,0 +1,1 @@
+"""What a machine and its installed packages can train: read from files, judged by pure functions."""
