@@ -9,29 +9,23 @@ Legend: B clips, F frames, C channels, h w latent size, (b f) frames as images, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
-from torch.utils.checkpoint import checkpoint
 
+from rdtf_ds.models.recompute import MODES, run_unit
+from rdtf_ds.models.spatial import Resnet, SpatialTransformer
 from rdtf_ds.models.sti import STILayer, TemporalConvLayer, frame_positions
 from rdtf_ds.models.text_conditioning import TextFeatures, TextProjection
 
-CHECKPOINTING_MODES = ("none", "blocks", "blocks_cpu_offload")
-
 # What one resnet-transformer-temporal unit is called with: hidden, temb, context, frames, frame_mask -> hidden.
 Unit = Callable[[Tensor, Tensor, Tensor, int, Tensor | None], Tensor]
-Recompute = Callable[..., Tensor]
 
 
 class _Level(nn.Module):
@@ -56,7 +50,7 @@ class _Level(nn.Module):
         """Spatial transformer ``i``, then its temporal layer; the identity where the level does not attend."""
         if len(self.attentions) == 0:
             return hidden
-        hidden = self.attentions[i](hidden, encoder_hidden_states=context, return_dict=False)[0]
+        hidden = self.attentions[i](hidden, context)
         return self.temporals[i](hidden, frames, frame_mask)
 
 
@@ -104,19 +98,11 @@ class _LayerFactory:
         self.head_channels, self.context_dim = head_channels, context_dim
         self.temporal = temporal
 
-    def resnet(self, width_in: int, width: int) -> ResnetBlock2D:
-        return ResnetBlock2D(in_channels=width_in, out_channels=width, temb_channels=self.temb_width, groups=self.norm_groups, eps=1e-5)
+    def resnet(self, width_in: int, width: int) -> Resnet:
+        return Resnet(width_in, width, self.temb_width, self.norm_groups)
 
-    def transformer(self, width: int) -> Transformer2DModel:
-        return Transformer2DModel(
-            num_attention_heads=width // self.head_channels,
-            attention_head_dim=self.head_channels,
-            in_channels=width,
-            num_layers=1,
-            cross_attention_dim=self.context_dim,
-            norm_num_groups=self.norm_groups,
-            use_linear_projection=True,
-        )
+    def transformer(self, width: int) -> SpatialTransformer:
+        return SpatialTransformer(width, self.head_channels, self.context_dim, self.norm_groups)
 
 
 class DFGN(ModelMixin, ConfigMixin):
@@ -171,6 +157,8 @@ class DFGN(ModelMixin, ConfigMixin):
         gammas = tuple(sti_gamma) if sti_gamma else (None,) * len(widths)
         _check_widths(widths, tuple(attention_levels), gammas, norm_groups, head_channels)
         self.checkpointing = "none"
+        # A linear layer of the widest level and a feed-forward's second one on the first are the cheapest results that are kept.
+        self.keep_from = 4 * widths[0]
 
         temb_width = 4 * widths[0]
         self.time_proj = Timesteps(widths[0], flip_sin_to_cos=True, downscale_freq_shift=0)
@@ -228,11 +216,10 @@ class DFGN(ModelMixin, ConfigMixin):
         if self.conv_in.weight.is_contiguous(memory_format=torch.channels_last):
             hidden = hidden.contiguous(memory_format=torch.channels_last)
         temb = self.time_embedding(self.time_proj(timestep).to(sample.dtype))
-        temb = repeat(temb, "b d -> (b f) d", f=frames)
-        text = repeat(self.text_projection(context), "b l d -> (b f) l d", f=frames)
+        text = self.text_projection(context)
 
         def run(unit: Unit, hidden: Tensor) -> Tensor:
-            return self._recomputed(unit, hidden, temb, text, frames, frame_mask)
+            return run_unit(self.checkpointing, self.keep_from, unit, hidden, temb, text, frames, frame_mask)
 
         positions = frame_positions(sample.shape[0], frames, len(self.frame_position_scale), frame_mask, like=hidden)
         hidden = self.conv_in(hidden) + self.frame_position_scale[:, None, None] * positions
@@ -257,9 +244,9 @@ class DFGN(ModelMixin, ConfigMixin):
         return rearrange(hidden, "(b f) c h w -> b c f h w", f=frames)
 
     def set_activation_checkpointing(self, mode: str) -> None:
-        """Chooses what backward recomputes: ``none``, ``blocks`` (every unit) or ``blocks_cpu_offload`` (its inputs wait on the CPU)."""
-        if mode not in CHECKPOINTING_MODES:
-            raise ValueError(f"activation checkpointing is {mode!r}; choose one of {', '.join(CHECKPOINTING_MODES)}")
+        """Chooses what backward computes again: a mode of `rdtf_ds.models.recompute`."""
+        if mode not in MODES:
+            raise ValueError(f"activation checkpointing is {mode!r}; choose one of {', '.join(MODES)}")
         self.checkpointing = mode
 
     def zero_initialised_parameters(self) -> set[str]:
@@ -269,14 +256,6 @@ class DFGN(ModelMixin, ConfigMixin):
             if isinstance(module, STILayer | TemporalConvLayer):
                 names |= {f"{prefix}.{name}" for name in module.zero_initialised()}
         return names
-
-    def _recomputed(self, unit: Unit, *args: object) -> Tensor:
-        if self.checkpointing == "none" or not torch.is_grad_enabled():
-            return unit(*args)  # type: ignore[arg-type]
-        offload = self.checkpointing == "blocks_cpu_offload"
-        with save_on_cpu(pin_memory=torch.cuda.is_available()) if offload else nullcontext():
-            # Nothing in DFGN draws random numbers, so there is no generator state to keep.
-            return checkpoint(unit, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def _check_widths(

@@ -132,11 +132,16 @@ class Fusion(nn.Module):
     def forward(self, semantic: Tensor, detail: Tensor) -> Tensor:
         """Two (B*F, C, h, w) -> one."""
         semantic, detail = self.norm(semantic), self.norm(detail)
-        both = rearrange([semantic, detail], "two n c h w -> n h w (two c)")
-        weights = rearrange(self.gate(both).softmax(dim=-1), "n h w two -> two n 1 h w")
+        weights = rearrange(self._logits(semantic, detail).softmax(dim=-1), "n h w two -> two n 1 h w")
         semantic = torch.addcmul(self.semantic_bias[:, None, None], semantic, self.semantic_scale[:, None, None])
         detail = torch.addcmul(self.detail_bias[:, None, None], detail, self.detail_scale[:, None, None])
         return weights[0] * semantic + weights[1] * detail
+
+    def _logits(self, semantic: Tensor, detail: Tensor) -> Tensor:
+        """The gate on both branches side by side, (n, h, w, two): each by its half of the weight, so that nothing is put together."""
+        of_semantic, of_detail = self.gate.weight.chunk(2, dim=1)
+        logits = functional.linear(rearrange(semantic, "n c h w -> n h w c"), of_semantic, self.gate.bias)
+        return logits + functional.linear(rearrange(detail, "n c h w -> n h w c"), of_detail)
 
 
 class STILayer(nn.Module):

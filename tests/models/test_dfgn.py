@@ -143,7 +143,7 @@ def test_frames_and_text_and_time_all_matter() -> None:
         assert not torch.allclose(base[:, :, 0], model(other, timestep, features)[:, :, 0], atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["blocks", "blocks_cpu_offload"])
+@pytest.mark.parametrize("mode", ["selective", "blocks", "blocks_cpu_offload"])
 def test_activation_checkpointing_changes_no_bit(mode: str) -> None:
     model = tiny()
     sample, timestep, features = inputs()
@@ -160,7 +160,7 @@ def test_activation_checkpointing_recomputes() -> None:
     model = tiny()
     calls = []
     model.mid_block.resnets[0].register_forward_hook(lambda *_: calls.append(1))
-    for mode, expected in (("none", 1), ("blocks", 2), ("blocks_cpu_offload", 2)):
+    for mode, expected in (("none", 1), ("selective", 2), ("blocks", 2), ("blocks_cpu_offload", 2)):
         calls.clear()
         model.set_activation_checkpointing(mode)
         model(*inputs()).sum().backward()
