@@ -134,13 +134,20 @@ class EMASection(_Section):
     """Exponential mean of the fp32 masters, sharded like them."""
 
     enabled: bool = True
+    device: Literal["gpu", "cpu"] = Field(default="gpu", description="where the shards wait; cpu: masters are copied there at every step")
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.9999
 
 
 class MemorySection(_Section):
     """Levers that trade time for memory."""
 
-    activation_checkpointing: Literal["none", "blocks", "blocks_cpu_offload"] = "blocks"
+    activation_checkpointing: Literal["none", "selective", "blocks", "blocks_cpu_offload"] = Field(
+        default="blocks", description="selective: what is dear to compute again is kept, what is cheap is not"
+    )
+    encoders: Literal["resident", "cpu", "cached"] = Field(
+        default="resident", description="frozen encoders: on the GPU; on the CPU, each visiting for its pass; not loaded, see cache_dir"
+    )
+    cache_dir: str | None = Field(default=None, description="features made by tools/cache_dataset.py, for encoders = cached")
     channels_last: bool = True
     autoencoder_slice: Positive = Field(default=8, description="frames encoded at once")
 

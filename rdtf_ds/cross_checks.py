@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from rdtf_ds.config import ModelSection, RDTFSection, TaskName
+from rdtf_ds.config import MemorySection, ModelSection, RDTFSection, TaskName
 from rdtf_ds.deepspeed_keys import DeepSpeedSection
 
 RISES: dict[TaskName, bool] = {"IPT": False, "PDT": True, "GRT": True}
@@ -52,9 +52,11 @@ def cross_problems(deepspeed: DeepSpeedSection, rdtf: RDTFSection, *, require_da
     return [
         *_precision(deepspeed),
         *_batch(deepspeed),
+        *_offload(deepspeed, rdtf),
         *_widths(rdtf.model),
         *_sizes(rdtf),
         *_data(rdtf, require_data),
+        *_memory(rdtf.memory),
         *_curriculum(rdtf),
         *_ranges(rdtf),
     ]
@@ -79,6 +81,8 @@ def cross_warnings(deepspeed: DeepSpeedSection, rdtf: RDTFSection) -> list[Probl
                 "rdtf.data.workers", rdtf.data.workers, f"only {look_ahead} micro-batches are ever in flight; raise rdtf.curriculum.delay"
             )
         )
+    if rdtf.memory.cache_dir and rdtf.memory.encoders != "cached":
+        found.append(Problem("rdtf.memory.cache_dir", rdtf.memory.cache_dir, "it is read only with rdtf.memory.encoders = cached"))
     if rdtf.curriculum.delay >= rdtf.curriculum.fast_horizon:
         found.append(
             Problem("rdtf.curriculum.delay", rdtf.curriculum.delay, "the controller acts on news older than rdtf.curriculum.fast_horizon")
@@ -98,6 +102,23 @@ def _batch(deepspeed: DeepSpeedSection) -> Iterator[Problem]:
         allowed = ", ".join(str(size) for size in divisors(total))
         keys = ("train_batch_size", "train_micro_batch_size_per_gpu")
         yield Problem("train_micro_batch_size_per_gpu", micro, f"must divide train_batch_size = {total}; allowed: {allowed}", keys)
+
+
+def _offload(deepspeed: DeepSpeedSection, rdtf: RDTFSection) -> Iterator[Problem]:
+    """What the optimizer on the CPU takes for granted."""
+    key = "zero_optimization.offload_optimizer"
+    if deepspeed.zero_optimization.offload_optimizer is None:
+        return
+    if rdtf.optimizer.bits != 32:
+        message = f"must be 32 with {key}: the optimizer on the CPU is torch's AdamW, which has no 8-bit moments"
+        yield Problem("rdtf.optimizer.bits", rdtf.optimizer.bits, message, ("rdtf.optimizer.bits", key))
+    if rdtf.ema.enabled and rdtf.ema.device == "gpu":
+        message = f"must be cpu with {key}, where the masters are that it averages; or set rdtf.ema.enabled to false"
+        yield Problem("rdtf.ema.device", rdtf.ema.device, message, ("rdtf.ema.device", "rdtf.ema.enabled", key))
+    if deepspeed.data_types.grad_accum_dtype is not None:
+        path = "data_types.grad_accum_dtype"
+        message = f"keeps all gradients in fp32 on the GPU, where {key} wants none of them; remove one of the two"
+        yield Problem(path, deepspeed.data_types.grad_accum_dtype, message, (path, key))
 
 
 def _widths(model: ModelSection) -> Iterator[Problem]:
@@ -160,6 +181,13 @@ def _data(rdtf: RDTFSection, require_data: bool) -> Iterator[Problem]:
     if data.max_source_frames < data.max_frames:
         keys = ("rdtf.data.max_source_frames", "rdtf.data.max_frames")
         yield Problem("rdtf.data.max_source_frames", data.max_source_frames, f"must be at least max_frames = {data.max_frames}", keys)
+
+
+def _memory(memory: MemorySection) -> Iterator[Problem]:
+    if memory.encoders == "cached" and not memory.cache_dir:
+        keys = ("rdtf.memory.cache_dir", "rdtf.memory.encoders")
+        message = "rdtf.memory.encoders = cached reads features from a folder: name it, and fill it with tools/cache_dataset.py"
+        yield Problem(keys[0], memory.cache_dir, message, keys)
 
 
 def _curriculum(rdtf: RDTFSection) -> Iterator[Problem]:

@@ -36,16 +36,30 @@ class BF16Section(_Section):
     check_grad_overflow: Literal[True] = True
 
 
+class OffloadSection(_Section):
+    """Masters, moments and gradients wait in CPU memory, where AdamW steps."""
+
+    device: Literal["cpu"]
+    pin_memory: bool = True
+
+
+class DataTypesSection(_Section):
+    """In what precision the gradients of a step's micro-batches are summed."""
+
+    grad_accum_dtype: Literal["fp32"] | None = Field(default=None, description="null: compute precision")
+
+
 class ZeroSection(_Section):
     """ZeRO-2: gradients, masters and optimizer moments are sharded over the GPUs."""
 
     stage: Literal[2]
-    contiguous_gradients: bool = True
+    contiguous_gradients: Literal[True] = True
     overlap_comm: bool = False
     reduce_scatter: bool = True
     reduce_bucket_size: Positive = Field(default=500_000_000, description="elements reduced at once")
     allgather_partitions: bool = True
     allgather_bucket_size: Positive = Field(default=500_000_000, description="elements gathered at once")
+    offload_optimizer: OffloadSection | None = None
 
 
 class DeepSpeedSection(_Section):
@@ -56,6 +70,7 @@ class DeepSpeedSection(_Section):
     zero_optimization: ZeroSection
     fp16: FP16Section = FP16Section()
     bf16: BF16Section = BF16Section()
+    data_types: DataTypesSection = DataTypesSection()
     gradient_clipping: Annotated[float, Field(ge=0)] = Field(default=0.0, description="largest gradient norm; 0: no clipping")
     communication_data_type: Literal["fp16", "bf16", "fp32"] | None = None
     prescale_gradients: bool = False
@@ -78,6 +93,7 @@ REFUSED: dict[str, str] = {
     "checkpoint": "checkpoints are written by this project; use rdtf.checkpoint",
     "curriculum_learning": "DeepSpeed's curriculum is about sequence length; use rdtf.curriculum",
     "data_efficiency": "DeepSpeed's sampler would change the sample order; use rdtf.data and rdtf.curriculum",
+    "zero_force_ds_cpu_optimizer": "the optimizer on the CPU is torch's AdamW, which needs no compiler; remove it",
     "elasticity": "the global batch is fixed, and the number of GPUs may be any that divides it; remove it",
     "torch_autocast": "use fp16.enabled or bf16.enabled",
     "amp": "use fp16.enabled or bf16.enabled",
@@ -90,10 +106,8 @@ REFUSED: dict[str, str] = {
     "bf16.immediate_grad_update": "the step is fenced off as a whole; remove it",
     "zero_optimization.elastic_checkpoint": "it cuts the 8-bit optimizer state while saving, and that cannot be loaded; remove it",
     "zero_optimization.round_robin_gradients": "it scatters parameters over the ranks, so that 8-bit blocks straddle shard borders; remove",
-    "zero_optimization.offload_optimizer": "the 8-bit optimizer steps on the GPU; to save memory use more GPUs or "
-    "rdtf.memory.activation_checkpointing = blocks_cpu_offload",
     "zero_optimization.offload_param": "it belongs to ZeRO-3; remove it",
-    "zero_optimization.cpu_offload": "the 8-bit optimizer steps on the GPU; remove it",
+    "zero_optimization.cpu_offload": "DeepSpeed's old spelling; use zero_optimization.offload_optimizer",
     "zero_optimization.load_from_fp32_weights": "a resume always loads the fp32 masters; remove it",
     "zero_optimization.ignore_unused_parameters": "every parameter of the model is used; remove it",
 }
@@ -102,6 +116,7 @@ REFUSED: dict[str, str] = {
 REMEDIES: dict[str, str] = {
     "bf16.check_grad_overflow": "without it gradients that are not finite would reach the weights; remove the key",
     "zero_optimization.stage": "EMA, the checkpoints and their resharding are built on ZeRO-2's flat groups of fp32 masters",
+    "zero_optimization.contiguous_gradients": "the one buffer of gradients is built on it; remove the key",
     "zero_allow_untested_optimizer": "DeepSpeed would refuse the 8-bit optimizer; remove the key",
 }
 """Why a key allows so little, added to the message."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from rdtf_ds.training.engine import TrainingEngine, start_distributed, stop_distributed
+from rdtf_ds.training.engine import StepOutcome, TrainingEngine, start_distributed, stop_distributed
 from rdtf_ds.training.optimizer import split_parameters
 
 ALIGNMENT = 256 * 6
@@ -40,44 +42,64 @@ class TwoLayers(nn.Module):
         return hidden + self.output(hidden)
 
 
+def small_engine(
+    precision: str = "fp32",
+    accumulation: int = 1,
+    bits: int = 8,
+    clipping: float = 0.0,
+    scale_power: int = 10,
+    zero: Mapping[str, Any] | None = None,
+    sums: str | None = None,
+    **options: Any,
+) -> TrainingEngine:
+    """Engine over `TwoLayers` with the weights of seed 0; keywords go to `TrainingEngine`.
+
+    Args:
+        zero: More keys of ``zero_optimization``.
+        sums: ``data_types.grad_accum_dtype``.
+    """
+    torch.manual_seed(0)
+    model = TwoLayers()
+    groups = split_parameters(model.named_parameters(), 1300, ALIGNMENT, {"output.weight"}, bits)
+    config: dict[str, Any] = {
+        "train_batch_size": 4 * accumulation * dist.get_world_size(),
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_clipping": clipping,
+        "zero_optimization": {"stage": 2, **(zero or {})},
+        "data_types": {"grad_accum_dtype": sums},
+    }
+    if precision == "fp16":
+        config["fp16"] = {"enabled": True, "initial_scale_power": scale_power, "hysteresis": 1}
+    elif precision == "bf16":
+        config["bf16"] = {"enabled": True}
+    return TrainingEngine(model, groups, config, **({"learning_rate": 1e-2, "warmup_steps": 4} | options))
+
+
 @pytest.fixture
 def make_engine(process_group: None) -> EngineMaker:
-    """Engine over `TwoLayers` with the weights of seed 0; keywords go to `TrainingEngine`."""
+    """`small_engine` on one rank."""
+    return small_engine
 
-    def make(
-        precision: str = "fp32", accumulation: int = 1, bits: int = 8, clipping: float = 0.0, scale_power: int = 10, **options: object
-    ) -> TrainingEngine:
-        torch.manual_seed(0)
-        model = TwoLayers()
-        groups = split_parameters(model.named_parameters(), 1300, ALIGNMENT, {"output.weight"}, bits)
-        config = {
-            "train_batch_size": 4 * accumulation,
-            "train_micro_batch_size_per_gpu": 4,
-            "gradient_clipping": clipping,
-            "zero_optimization": {"stage": 2},
-        }
-        if precision == "fp16":
-            config["fp16"] = {"enabled": True, "initial_scale_power": scale_power, "hysteresis": 1}
-        elif precision == "bf16":
-            config["bf16"] = {"enabled": True}
-        return TrainingEngine(model, groups, config, **({"learning_rate": 1e-2, "warmup_steps": 4} | options))
 
-    return make
+def micro_batch(engine: TrainingEngine, step: int, micro: int, scale: float = 1.0) -> None:
+    """Forward and backward of regression on samples that depend on step, micro-batch and rank alone."""
+    generator = torch.Generator().manual_seed(100 * step + micro + 10_000 * engine.rank)
+    x = torch.randn(4, 32, generator=generator).to(engine.dtype)
+    error = engine.forward(x).float() - x[:, :4].float()
+    engine.backward(scale * error.square().mean(dim=1), torch.arange(4) + 10 * micro)
+
+
+def train_steps(engine: TrainingEngine, steps: range, accumulation: int = 1, scale: float = 1.0) -> list[StepOutcome]:
+    """Whole steps of `micro_batch`; the outcomes."""
+    outcomes = []
+    for step in steps:
+        for micro in range(accumulation):
+            micro_batch(engine, step, micro, scale)
+        outcomes.append(engine.step())
+    return outcomes
 
 
 @pytest.fixture
-def train() -> Callable[..., list]:
-    """Steps of regression on batches that depend on the step number alone; returns the outcomes."""
-
-    def run(engine: TrainingEngine, steps: range, accumulation: int = 1, scale: float = 1.0) -> list:
-        outcomes = []
-        for step in steps:
-            for micro in range(accumulation):
-                generator = torch.Generator().manual_seed(100 * step + micro)
-                x = torch.randn(4, 32, generator=generator).to(engine.dtype)
-                error = engine.forward(x).float() - x[:, :4].float()
-                engine.backward(scale * error.square().mean(dim=1), torch.arange(4) + 10 * micro)
-            outcomes.append(engine.step())
-        return outcomes
-
-    return run
+def train() -> Callable[..., list[StepOutcome]]:
+    """`train_steps`."""
+    return train_steps

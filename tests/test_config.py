@@ -219,7 +219,6 @@ class TestAgainstDeepSpeed:
         [
             ("zero_optimization.elastic_checkpoint=true", "cannot be loaded"),
             ("zero_optimization.round_robin_gradients=true", "shard borders"),
-            ('zero_optimization.offload_optimizer={"device":"cpu"}', "rdtf.memory.activation_checkpointing"),
             ('optimizer={"type":"Adam"}', "rdtf.optimizer"),
             ('scheduler={"type":"WarmupLR"}', "rdtf.optimizer.warmup_steps"),
             ('activation_checkpointing={"partition_activations":true}', "rdtf.memory.activation_checkpointing"),
@@ -317,10 +316,33 @@ class TestDevice:
             load("tiny_cpu").check_device(cuda_available=False, world_size=3)
 
 
+OFFLOAD = 'zero_optimization.offload_optimizer={"device":"cpu"}'
+
+
 class TestAcrossKeys:
+    @pytest.mark.parametrize("ema", ["rdtf.ema.device=cpu", "rdtf.ema.enabled=false"])
+    def test_offload_takes_32_bits_and_no_ema_on_the_gpu(self, ema: str) -> None:
+        zero = load("tiny_cpu", OFFLOAD, "rdtf.optimizer.bits=32", ema).deepspeed_config(1)["zero_optimization"]
+        assert zero["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
+
+    def test_precision_of_the_sums_reaches_deepspeed(self) -> None:
+        assert load("tiny_cpu", "data_types.grad_accum_dtype=fp32").deepspeed_config(1)["data_types"] == {"grad_accum_dtype": "fp32"}
+        assert not load("tiny_cpu").deepspeed_config(1)["data_types"]
+
+    def test_gradients_are_contiguous(self) -> None:
+        [problem] = problems("zero_optimization.contiguous_gradients=false").values()
+        assert "one buffer of gradients" in problem.message
+
     @pytest.mark.parametrize(
         ("overrides", "path", "says"),
         [
+            ([OFFLOAD, "rdtf.ema.device=cpu"], "rdtf.optimizer.bits", "must be 32 with zero_optimization.offload_optimizer"),
+            ([OFFLOAD, "rdtf.optimizer.bits=32"], "rdtf.ema.device", "must be cpu with zero_optimization.offload_optimizer"),
+            (
+                [OFFLOAD, "rdtf.optimizer.bits=32", "rdtf.ema.enabled=false", "data_types.grad_accum_dtype=fp32"],
+                "data_types.grad_accum_dtype",
+                "remove one of the two",
+            ),
             (["rdtf.model.attention_levels=[true]"], "rdtf.model.attention_levels", "has 1 entries; block_out_channels has 2 levels"),
             (["rdtf.model.sti_gamma=[1,1,1]"], "rdtf.model.sti_gamma", "has 3 entries"),
             (["rdtf.model.block_out_channels=[10,16]"], "rdtf.model.block_out_channels[0]", "multiple of norm_groups = 4"),
@@ -424,3 +446,17 @@ def test_a_rank_count_that_cannot_share_8bit_blocks_is_refused():
 def test_bf16_without_overflow_checks_is_refused():
     with pytest.raises(UserError, match="bf16.check_grad_overflow = false.*reach the weights"):
         load_experiment(CONFIGS / "full_cpu.json", ["bf16.check_grad_overflow=false"])
+
+
+class TestFeatureCache:
+    def test_cached_encoders_need_a_cache(self) -> None:
+        found = problems("rdtf.memory.encoders=cached")
+        assert set(found) == {"rdtf.memory.cache_dir"}
+        assert "tools/cache_dataset.py" in str(found["rdtf.memory.cache_dir"])
+        assert set(problems("rdtf.memory.encoders=cached", "rdtf.memory.cache_dir=")) == {"rdtf.memory.cache_dir"}
+        assert load("tiny_cpu", "rdtf.memory.encoders=cached", "rdtf.memory.cache_dir=somewhere").warnings == ()
+
+    @pytest.mark.parametrize("mode", ["resident", "cpu"])
+    def test_a_cache_that_is_not_read_is_warned_of(self, mode: str) -> None:
+        warnings = load("tiny_cpu", f"rdtf.memory.encoders={mode}", "rdtf.memory.cache_dir=somewhere").warnings
+        assert len(warnings) == 1 and "rdtf.memory.cache_dir" in warnings[0] and "rdtf.memory.encoders = cached" in warnings[0]

@@ -28,7 +28,9 @@ MOST_NAMED = 64
 # Names of DeepSpeed's and bitsandbytes'.
 STATE, MASTERS, BASE = "optimizer_state_dict", "single_partition_of_fp32_groups", "base_optimizer_state"
 _PARTITIONS, _FRAGMENTS, _PADDINGS = "partition_count", "param_slice_mappings", ("group_paddings", "param_alignment_paddings")
-_BY_VALUE, _BY_BLOCK, _ALIKE = {"state1", "state2"}, {"absmax1", "absmax2"}, {"step", "qmap1", "qmap2"}
+# Moments are bitsandbytes' state1 and state2, or exp_avg and exp_avg_sq of torch's AdamW, which counts steps in a tensor.
+_BY_VALUE, _BY_BLOCK = {"state1", "state2", "exp_avg", "exp_avg_sq"}, {"absmax1", "absmax2"}
+_ALIKE = {"step", "qmap1", "qmap2"}
 
 Join = Callable[[list[Tensor]], Tensor]
 
@@ -182,7 +184,7 @@ def _recut(shards: Sequence[Mapping[str, Any]], cut: _Cut, own_moments: bool = F
         # From the files again, not from `states`, which would hold them. DeepSpeed's masters require gradients.
         return cut([shard[STATE][MASTERS][number] for shard in shards]).requires_grad_()
 
-    moments = dataclasses.replace(cut, join=torch.cat) if own_moments else cut
+    moments = dataclasses.replace(cut, join=_copied) if own_moments else cut
     state = kept | {
         MASTERS: _OneAtATime(master, len(names)),
         BASE: {"state": _all_moments([state[BASE]["state"] for state in states], lengths, moments), "param_groups": settings},
@@ -202,7 +204,7 @@ def _all_moments(states: Sequence[Mapping[int, Any]], lengths: Mapping[str, Sequ
 
 
 def _moments(parts: Sequence[Mapping[str, Any]], group: str, length: int, cut: _Cut) -> dict[str, Any]:
-    """bitsandbytes' state of one group, some of it nested, from shards of ``length`` values each."""
+    """The optimizer's state of one group, some of it nested, from shards of ``length`` values each."""
     _same_keys(parts, f"the moments of group {group}")
     new: dict[str, Any] = {}
     for key, value in parts[0].items():
@@ -236,6 +238,11 @@ def _fragments(maps: Sequence[Mapping[str, Any]], length: int, cut: _Cut) -> dic
         for name, (start, stop, fragment) in inside.items()
         if start < stop
     }
+
+
+def _copied(pieces: list[Tensor]) -> Tensor:
+    """All pieces joined in memory of their own; a scalar is one piece."""
+    return torch.cat(pieces) if pieces[0].ndim else pieces[0].clone()
 
 
 def _alone_or_joined(pieces: list[Tensor]) -> Tensor:

@@ -5,6 +5,7 @@ Legend: B samples, F frames, H W pixels, h w latent side (H/f, W/f), C latent ch
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 from rdtf_ds.errors import UserError
 from rdtf_ds.models.missing import Part, load_part
 from rdtf_ds.models.tiny_encoders import tiny_autoencoder
+from rdtf_ds.models.visiting import Visitor
 
 AUTOENCODER = Part("autoencoder", "rdtf.encoders.autoencoder", "stabilityai/sd-vae-ft-mse", ("", "vae"))
 
@@ -97,6 +99,7 @@ class FrameAutoencoder:
         self.slice_frames = slice_frames
         weight = next(chain(vae.parameters(), vae.buffers()))
         self._device, self._dtype = weight.device, weight.dtype
+        self._on_device: AbstractContextManager[None] = nullcontext()
         if isinstance(vae, HaarAutoencoder):
             self.factor: int = vae.config.factor
             self.channels: int = 3 * self.factor**2
@@ -111,12 +114,22 @@ class FrameAutoencoder:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> FrameAutoencoder:
         """Moves and casts the autoencoder; returns itself."""
+        if isinstance(self._on_device, Visitor):
+            raise RuntimeError("this autoencoder visits its device: it cannot be moved or cast any more")
         if device is not None:
             self.vae.to(torch.device(device))
             self._device = torch.device(device)
         if dtype is not None and dtype != self._dtype:  # diffusers warns of every cast
             self.vae.to(dtype)
             self._dtype = dtype
+        return self
+
+    def visit(self, device: torch.device | str) -> FrameAutoencoder:
+        """From now on the weights wait in CPU memory and are on the device for the time of a call; returns itself.
+
+        The dtype must be final: `to` afterwards is refused.
+        """
+        self._on_device, self._device = Visitor(self.vae, device), torch.device(device)
         return self
 
     @torch.no_grad()
@@ -130,7 +143,8 @@ class FrameAutoencoder:
         if height % self.factor or width % self.factor:
             raise ValueError(f"frames of {width}x{height} pixels cannot be encoded: both sides must be multiples of {self.factor}")
         flat = rearrange(frames, "b c f h w -> (b f) c h w")
-        latents = torch.cat([self._encode(part.to(self._device, self._dtype)) for part in flat.split(self.slice_frames)])
+        with self._on_device:
+            latents = torch.cat([self._encode(part.to(self._device, self._dtype)) for part in flat.split(self.slice_frames)])
         latents = (latents.float() - self._mean.to(latents.device)) / self._std.to(latents.device)  # fp32: half precision rounds once
         return rearrange(latents.to(frames), "(b f) c h w -> b c f h w", b=batch)
 
@@ -139,7 +153,8 @@ class FrameAutoencoder:
         """Latents (B, C, F, h, w) -> frames (B, 3, F, H, W), about in [-1, 1] and not clamped, in the latents' dtype and device."""
         flat = rearrange(latents, "b c f h w -> (b f) c h w").float()
         flat = flat * self._std.to(flat.device) + self._mean.to(flat.device)
-        frames = torch.cat([self._decode(part.to(self._device, self._dtype)) for part in flat.split(self.slice_frames)])
+        with self._on_device:
+            frames = torch.cat([self._decode(part.to(self._device, self._dtype)) for part in flat.split(self.slice_frames)])
         return rearrange(frames.to(latents), "(b f) c h w -> b c f h w", b=latents.shape[0])
 
     def _encode(self, pixels: Tensor) -> Tensor:

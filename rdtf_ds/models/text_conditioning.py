@@ -6,7 +6,8 @@ Legend: B samples, L tokens (77), Dc Dt widths of the CLIP and T5 features, D co
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from transformers import AutoTokenizer, CLIPTextModel, CLIPTokenizer, T5EncoderM
 from rdtf_ds.errors import UserError
 from rdtf_ds.models.missing import Part, load_part
 from rdtf_ds.models.tiny_encoders import tiny_clip, tiny_t5, tiny_width
+from rdtf_ds.models.visiting import Visitor
 
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.json", "spiece.model")
 # Stability withdrew its own Stable Diffusion 2 repositories in November 2025; this is the community's copy.
@@ -91,6 +93,8 @@ class TextEncoders:
         self.text_length = text_length
         self.clip_dim: int = clip.config.hidden_size
         self.t5_dim: int = t5.config.d_model
+        self._clip_on_device: AbstractContextManager[None] = nullcontext()
+        self._t5_on_device: AbstractContextManager[None] = nullcontext()
         caption_bytes = text_length * (self.clip_dim * clip.dtype.itemsize + self.t5_dim * t5.dtype.itemsize)
         self._cache_size = cache_bytes // caption_bytes
         self._cache: OrderedDict[str, TextFeatures] = OrderedDict()
@@ -128,9 +132,23 @@ class TextEncoders:
 
     def to(self, device: torch.device | str) -> TextEncoders:
         """Moves both encoders; returns itself."""
+        if isinstance(self._clip_on_device, Visitor):
+            raise RuntimeError("these encoders visit their device: they cannot be moved any more")
         self.clip.to(device)
         self.t5.to(device)
         return self
+
+    def visit(self, device: torch.device | str) -> TextEncoders:
+        """From now on the weights wait in CPU memory, and each encoder is on the device alone, for its pass; returns itself."""
+        self._clip_on_device, self._t5_on_device = Visitor(self.clip, device), Visitor(self.t5, device)
+        return self
+
+    @property
+    def _devices(self) -> tuple[torch.device, torch.device]:
+        """Where CLIP and T5 compute."""
+        pairs = ((self.clip, self._clip_on_device), (self.t5, self._t5_on_device))
+        clip, t5 = (visit.device if isinstance(visit, Visitor) else model.device for model, visit in pairs)
+        return clip, t5
 
     def encode(self, captions: Sequence[str]) -> TextFeatures:
         """Features of B captions on the encoders' device, (B, L, Dc) and (B, L, Dt), each in its encoder's dtype.
@@ -138,9 +156,13 @@ class TextEncoders:
         Raises:
             UserError: features that are not finite, as T5 v1.1 gives in fp16.
         """
-        features = [self._remembered(caption) for caption in captions]
-        clip, t5 = (torch.stack(part) for part in zip(*features, strict=True))
-        return TextFeatures(clip.to(self.clip.device), t5.to(self.t5.device))
+        known = {caption: self._cache[caption] for caption in captions if caption in self._cache}
+        fresh = [caption for caption in dict.fromkeys(captions) if caption not in known]
+        known.update(zip(fresh, self._encode_alone(fresh), strict=True))
+        self._remember(known, captions)
+        clip, t5 = (torch.stack(part) for part in zip(*(known[caption] for caption in captions), strict=True))
+        clip_device, t5_device = self._devices
+        return TextFeatures(clip.to(clip_device), t5.to(t5_device))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes text_encoder/, tokenizer/, text_encoder_2/ and tokenizer_2/, which :meth:`from_pretrained` reads as both sources."""
@@ -150,27 +172,42 @@ class TextEncoders:
         for name, part in parts.items():
             part.save_pretrained(str(Path(folder) / name))
 
-    def _remembered(self, caption: str) -> TextFeatures:
-        features = self._cache.pop(caption, None) or self._encode_one(caption).to("cpu")
-        if self._cache_size:
-            self._cache[caption] = features  # now the most recent
+    def _remember(self, known: Mapping[str, TextFeatures], captions: Sequence[str]) -> None:
+        """Keep the features of captions just seen, and let those go that were seen longest ago."""
+        for caption in captions if self._cache_size else ():
+            self._cache.pop(caption, None)
+            self._cache[caption] = known[caption]  # now the most recent
             while len(self._cache) > self._cache_size:
                 self._cache.popitem(last=False)
-        return features
 
     @torch.no_grad()
-    def _encode_one(self, caption: str) -> TextFeatures:
-        """(L, Dc) and (L, Dt) of one caption."""
-        tokens = self._tokens(self.clip_tokenizer, caption).to(self.clip.device)
-        clip = self.clip(tokens.input_ids).last_hidden_state
-        tokens = self._tokens(self.t5_tokenizer, caption).to(self.t5.device)
-        t5 = self.t5(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
-        if not (clip.isfinite().all() and t5.isfinite().all()):
-            raise UserError(
-                f"the text encoders give features that are not finite for {caption!r}: rdtf.encoders.t5_dtype is "
-                f"{str(self.t5.dtype).removeprefix('torch.')}; T5 v1.1 overflows in float16, set it to float32 or bfloat16."
-            )
-        return TextFeatures(clip[0], t5[0] * tokens.attention_mask[0, :, None].to(t5))
+    def _encode_alone(self, captions: Sequence[str]) -> list[TextFeatures]:
+        """(L, Dc) and (L, Dt) of each caption, on the CPU: all of them through CLIP, one by one, and then through T5."""
+        if not captions:
+            return []
+        with self._clip_on_device:
+            clip = [self._clip_features(caption) for caption in captions]
+        with self._t5_on_device:
+            t5 = [self._t5_features(caption) for caption in captions]
+        for caption, features in zip(captions, zip(clip, t5, strict=True), strict=True):
+            if not all(part.isfinite().all() for part in features):
+                raise UserError(
+                    f"the text encoders give features that are not finite for {caption!r}: rdtf.encoders.t5_dtype is "
+                    f"{str(self.t5.dtype).removeprefix('torch.')}; T5 v1.1 overflows in float16, set it to float32 or bfloat16."
+                )
+        return [TextFeatures(*features) for features in zip(clip, t5, strict=True)]
+
+    def _clip_features(self, caption: str) -> Tensor:
+        """(L, Dc) of one caption, on the CPU."""
+        tokens = self._tokens(self.clip_tokenizer, caption).to(self._devices[0])
+        hidden: Tensor = self.clip(tokens.input_ids).last_hidden_state
+        return hidden[0].cpu()
+
+    def _t5_features(self, caption: str) -> Tensor:
+        """(L, Dt) of one caption, on the CPU; zero where there is no token."""
+        tokens = self._tokens(self.t5_tokenizer, caption).to(self._devices[1])
+        hidden: Tensor = self.t5(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+        return (hidden[0] * tokens.attention_mask[0, :, None].to(hidden)).cpu()
 
     def _tokens(self, tokenizer: Any, caption: str) -> Any:
         return tokenizer(caption, padding="max_length", max_length=self.text_length, truncation=True, return_tensors="pt")

@@ -1,4 +1,7 @@
-"""Exponential mean of the fp32 masters, sharded as they are: each rank averages its own part of every group."""
+"""Exponential mean of the fp32 masters, sharded as they are: each rank averages its own part of every group.
+
+The mean may wait in CPU memory while the masters are on a GPU: an update then copies them over, group by group.
+"""
 
 from __future__ import annotations
 
@@ -27,23 +30,32 @@ class ShardedEMA:
     Args:
         masters: This rank's fp32 shards, by group name, live; kept by reference.
         decay: In (0, 1); 0.9999 forgets over about ten thousand steps.
+        device: Where the mean waits; None: beside the masters.
     """
 
-    def __init__(self, masters: Mapping[str, Tensor], decay: float) -> None:
+    def __init__(self, masters: Mapping[str, Tensor], decay: float, device: torch.device | None = None) -> None:
         if not 0.0 < decay < 1.0:
             raise ValueError(f"decay must lie between 0 and 1, got {decay}")
         self._masters = dict(masters)
         self.decay = decay
         self.updates = 0
-        self.shards = {name: master.detach().clone() for name, master in self._masters.items()}
+        self.shards = {name: master.detach().to(device or master.device, copy=True) for name, master in self._masters.items()}
+        elsewhere = [master for name, master in self._masters.items() if master.device != self.shards[name].device]
+        self._staging = _staging(elsewhere) if elsewhere else None
 
     @torch.no_grad()
     def update(self) -> None:
         """Take in the masters as they are now; call after applied steps only."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         for name, shard in self.shards.items():
-            shard.lerp_(self._masters[name], 1.0 - decay)
+            shard.lerp_(self._at_hand(self._masters[name]), 1.0 - decay)
         self.updates += 1
+
+    def _at_hand(self, master: Tensor) -> Tensor:
+        """The master where the mean is; valid until the next call."""
+        if self._staging is None:
+            return master
+        return self._staging[: master.numel()].copy_(master)
 
     @contextmanager
     def applied_to(self, engine: HoldsWeights) -> Iterator[None]:
@@ -79,3 +91,8 @@ class ShardedEMA:
         for name, shard in self.shards.items():
             shard.copy_(state[name])
         self.updates = int(state["updates"])
+
+
+def _staging(masters: Sequence[Tensor]) -> Tensor:
+    """CPU memory for the largest of these, page-locked, which a GPU fills several times faster than other memory."""
+    return torch.empty(max(master.numel() for master in masters), pin_memory=masters[0].device.type == "cuda")

@@ -23,7 +23,9 @@ from torch import Tensor, nn
 
 from rdtf_ds.checkpoints.durable import Digest
 from rdtf_ds.errors import UserError
-from rdtf_ds.training.optimizer import ParameterGroup, build_optimizer, keep_32bit_moments, warmed_up
+from rdtf_ds.training.allocator import give_freed_memory_back
+from rdtf_ds.training.gradient_buffer import forget_gradients, use_one_buffer
+from rdtf_ds.training.optimizer import ParameterGroup, build_offloaded_optimizer, build_optimizer, keep_32bit_moments, warmed_up
 from rdtf_ds.training.shard_files import shard_files
 
 COLLECTIVE_TIMEOUT = timedelta(hours=4)
@@ -85,6 +87,8 @@ def start_distributed(device_type: str, verify_fp16_on_cpu: bool = False) -> tup
     for key, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(key, value)
     port_is_ours = "MASTER_PORT" not in os.environ
+    if device_type == "cpu":
+        give_freed_memory_back()
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # Of several convolution algorithms cuDNN may time, and of those it may pick, only these repeat a step exactly.
@@ -178,15 +182,17 @@ class TrainingEngine:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._learning_rate, self._warmup_steps = learning_rate, warmup_steps
         wrapped = TrainedModel(model, groups)
-        optimizer = build_optimizer(
-            groups, dict(wrapped.paddings), learning_rate=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay
-        )
-        # 8-bit AdamW is not in DeepSpeed's list of optimizers it has tested with ZeRO.
-        config = {**deepspeed_config, "zero_allow_untested_optimizer": True}
+        offloaded = bool(deepspeed_config["zero_optimization"].get("offload_optimizer"))
+        build = build_offloaded_optimizer if offloaded else build_optimizer
+        optimizer = build(groups, dict(wrapped.paddings), learning_rate=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay)
+        # 8-bit AdamW is not in DeepSpeed's list of optimizers it has tested with ZeRO; and its own AdamW for the CPU must be compiled.
+        config = {**deepspeed_config, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
         self._ds, *_ = deepspeed.initialize(model=wrapped, optimizer=optimizer, config=config, dist_init_required=False)
         self._hyperparameters = [{key: value for key, value in g.items() if key != "params"} for g in optimizer.param_groups]
-        keep_32bit_moments(groups, self.masters)
-        self._shards = shard_files()
+        if not offloaded:
+            use_one_buffer(self._ds.optimizer)
+            keep_32bit_moments(groups, self.masters)
+        self._shards = shard_files(offloaded)
         self._ds.checkpoint_engine = self._shards
         # Written beside the checkpoints by `recovery_script`, whole or not at all; DeepSpeed copies it in place, before the commit.
         self._ds._copy_recovery_script = lambda save_path: None
@@ -364,6 +370,7 @@ class TrainingEngine:
             group.update(ours)
         self._never_raise_at_the_smallest_scale()
         self._ds.micro_steps = 0  # a step begins
+        forget_gradients(self._ds.optimizer)
         self._micro_losses, self._micro_timesteps = [], []
 
     def _never_raise_at_the_smallest_scale(self) -> None:

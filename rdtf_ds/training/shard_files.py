@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 
 from rdtf_ds.checkpoints.durable import Digest, write_file
-from rdtf_ds.checkpoints.resharding import Reopened, model_states, shard_to_load
+from rdtf_ds.checkpoints.moments import as_bitsandbytes_writes, as_torch_writes
+from rdtf_ds.checkpoints.resharding import BASE, STATE, Reopened, model_states, shard_to_load
 from rdtf_ds.checkpoints.weights import MODEL_STATES, shard_path
 
 
@@ -35,8 +37,12 @@ def read_shard(path: Path) -> Any:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 
-def shard_files() -> Any:
-    """What DeepSpeed writes and reads its files with, in place of its own `CheckpointEngine`."""
+def shard_files(offloaded: bool = False) -> Any:
+    """What DeepSpeed writes and reads its files with, in place of its own `CheckpointEngine`.
+
+    Args:
+        offloaded: The live optimizer is the one of the CPU; a checkpoint may be of either.
+    """
     from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
     class ShardFiles(CheckpointEngine):  # type: ignore[misc]  # deepspeed has no types
@@ -65,7 +71,9 @@ def shard_files() -> Any:
 
             model()  # that it can be read is known before anything changes
             shard = shard_to_load(shards, rank, world_size)
-            self.prepared = {"model_states.pt": model, "optim_states.pt": lambda: shard}
+            # Renamed once it is loaded: that a run of other moments is refused is said by its manifest, in better words.
+            writes = as_torch_writes if offloaded else as_bitsandbytes_writes
+            self.prepared = {"model_states.pt": model, "optim_states.pt": lambda: _with_moments_as(writes, shard)}
 
         def load(self, path: str, map_location: Any = None) -> Any:
             (suffix,) = [suffix for suffix in self.prepared if path.endswith(suffix)]
@@ -75,3 +83,11 @@ def shard_files() -> Any:
             return True
 
     return ShardFiles()
+
+
+def _with_moments_as(writes: Callable[[Mapping[str, Any], str], dict[str, Any]], shard: dict[str, Any]) -> dict[str, Any]:
+    """The shard, its moments in the form in which the live optimizer takes them."""
+    base = shard[STATE][BASE]
+    names = [group["name"] for group in base["param_groups"]]
+    base["state"] = {number: writes(moments, names[number]) for number, moments in base["state"].items()}
+    return shard

@@ -28,9 +28,10 @@ class Whole:
         blocks: Length of each group, in blocks of 256 values; the last group has 32-bit moments.
         sizes: Of the parameters at the start of every group; a padding follows.
         started: Whether there are moments.
+        offloaded: The moments are those of torch's AdamW.
     """
 
-    def __init__(self, blocks: list[int], sizes: list[int], started: bool = True, seed: int = 0) -> None:
+    def __init__(self, blocks: list[int], sizes: list[int], started: bool = True, seed: int = 0, offloaded: bool = False) -> None:
         rng = np.random.default_rng(seed)
         self.names = [f"weights_{number:03d}" for number in range(len(blocks) - 1)] + ["no_decay_000"]
         self.masters = [rng.standard_normal(BLOCK * n, dtype=np.float32) for n in blocks]
@@ -44,6 +45,8 @@ class Whole:
         if started:
             wide = {key: rng.standard_normal(BLOCK * blocks[-1], dtype=np.float32) for key in ("state1", "state2")}
             self.moments.append({"step": 7, QUANT: wide})
+        if offloaded:
+            self.moments = [{key: rng.standard_normal(BLOCK * n, dtype=np.float32) for key in ("exp_avg", "exp_avg_sq")} for n in blocks]
         self.owners = []  # which parameter each value of a group belongs to
         for n in blocks:
             numbers = np.repeat(np.arange(len(sizes)), sizes)[: BLOCK * n]
@@ -65,13 +68,13 @@ class Whole:
         def part(flat: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(np.split(flat, world)[rank].copy())
 
-        state = {
-            number: {
-                "step": entry["step"],
-                QUANT: {key: torch.from_numpy(v.copy()) if key.startswith("qmap") else part(v) for key, v in entry[QUANT].items()},
-            }
-            for number, entry in enumerate(self.moments)
-        }
+        def written(entry: dict[str, Any]) -> dict[str, Any]:
+            if QUANT not in entry:
+                return {"step": torch.tensor(7.0), **{key: part(v) for key, v in entry.items()}}
+            nested = {key: torch.from_numpy(v.copy()) if key.startswith("qmap") else part(v) for key, v in entry[QUANT].items()}
+            return {"step": entry["step"], QUANT: nested}
+
+        state = {number: written(entry) for number, entry in enumerate(self.moments)}
         fragments = []
         for owners in self.owners:
             mine = np.split(owners, world)[rank]

@@ -39,10 +39,11 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
 COUNTS = [1, 2, 3, 4, 6]
 
 
+@pytest.mark.parametrize("offloaded", [False, True])
 @pytest.mark.parametrize("new", COUNTS)
 @pytest.mark.parametrize("old", COUNTS)
-def test_every_rank_gets_what_it_would_have_written(old, new):
-    whole = Whole([12, 36, 24], [768, 900])  # the first parameter ends with a rank's part
+def test_every_rank_gets_what_it_would_have_written(old, new, offloaded):
+    whole = Whole([12, 36, 24], [768, 900], offloaded=offloaded)  # the first parameter ends with a rank's part
     shards = whole.written_by(old)
     assert same([optimizer_shard(shards, rank, new) for rank in range(new)], whole.written_by(new))
     assert same([ema_shard(whole.averages_of(old), rank, new) for rank in range(new)], whole.averages_of(new))

@@ -72,11 +72,15 @@ def test_memory_is_bounded_and_used(monkeypatch: pytest.MonkeyPatch):
     one_caption = 12 * 64 * 4 * 2
     encoders = TextEncoders(*tiny_clip()[::-1], *tiny_t5()[::-1], 12, cache_bytes=2 * one_caption + 1)
     passed: list[str] = []
-    encode_one = TextEncoders._encode_one
-    monkeypatch.setattr(TextEncoders, "_encode_one", lambda self, caption: passed.append(caption) or encode_one(self, caption))
+    encode_alone = TextEncoders._encode_alone
+    monkeypatch.setattr(TextEncoders, "_encode_alone", lambda self, captions: passed.extend(captions) or encode_alone(self, captions))
     for caption in ("a", "b", "a", "c", "a", "b"):  # c pushes out b, the one seen longest ago
         encoders.encode([caption])
     assert passed == ["a", "b", "c", "b"]
+    encoders.encode(["d", "a", "b", "d", "e"])  # more than are kept, some twice, and some remembered that must make room
+    assert passed[4:] == ["d", "e"]
+    encoders.encode(["b", "e", "d"])
+    assert passed[6:] == ["b"]
 
 
 def test_folder_round_trip_is_exact(tmp_path, encoders: TextEncoders):
