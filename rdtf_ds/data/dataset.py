@@ -1,5 +1,7 @@
 """Turns a planned micro-batch into tensors: decode, choose frames, hide words, drop conditions, draw timestep and noise.
 
+With a feature cache nothing is decoded: the chosen frames' latents and the text's features are read instead, after the same draws.
+
 Everything random is drawn from ``derive_seed(seed, sample number, purpose)``, so a sample is the same whichever worker, rank,
 micro-batch or restart makes it. A sample that was passed over adds its attempt to each draw (`draw_key`).
 
@@ -10,19 +12,21 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
+from rdtf_ds.data.batch import Batch, StoredFeatures
 from rdtf_ds.data.captions import NO_CAPTION, hide_words
 from rdtf_ds.data.clip import ClipError, DecodeLimits
 from rdtf_ds.data.clustering import choose_frames, frame_features
 from rdtf_ds.data.decoding import decode_clip
+from rdtf_ds.data.feature_cache import CachedClips, SampleFeatures, StoredClip, nearest_text
 from rdtf_ds.data.index import ClipIndex
 from rdtf_ds.data.quarantine import Problem
 from rdtf_ds.data.step_plan import SamplePlan, draw_key
-from rdtf_ds.diffusion.masks import MAX_FRAMES, Task, evenly_spaced, level, loss_mask
+from rdtf_ds.diffusion.masks import MAX_FRAMES, evenly_spaced, level, loss_mask
 from rdtf_ds.errors import UserError
 from rdtf_ds.seeding import derive_seed, numpy_generator, torch_generator
 
@@ -31,45 +35,6 @@ _STAND_IN_ATTEMPTS = 32
 
 class NoUsableClip(UserError):
     """A sample's clip and all its stand-ins failed to decode."""
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """One micro-batch. Padded frames are black, hidden, and False in ``frame_mask``.
-
-    Attributes:
-        frames: uint8 (B, 3, F, H, W).
-        condition_mask: bool (B, F), True = the model sees this frame clean.
-        frame_mask: bool (B, F), True = a real frame, which counts in the loss.
-        captions: with hidden words as "#"; `NO_CAPTION` for a clip without one.
-        timestep: int64 (B,).
-        noise: float32 (B, C, F, h, w), zero in padded frames.
-        tasks, levels, sample_numbers: as planned; ``levels`` counts masked frames before a drop hides all.
-        clip_ids: of the clips used, stand-ins included.
-        problems: clips that failed to decode on the way.
-    """
-
-    frames: torch.Tensor
-    condition_mask: torch.Tensor
-    frame_mask: torch.Tensor
-    captions: list[str]
-    timestep: torch.Tensor
-    noise: torch.Tensor
-    tasks: list[Task]
-    levels: list[int]
-    sample_numbers: list[int]
-    clip_ids: list[int]
-    problems: list[Problem]
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The batch with its tensors on a device."""
-        names = ("frames", "condition_mask", "frame_mask", "timestep", "noise")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
-
-    def pin_memory(self) -> Batch:
-        """The batch with its tensors in page-locked memory; a DataLoader with ``pin_memory`` calls this."""
-        names = ("frames", "condition_mask", "frame_mask", "timestep", "noise")
-        return replace(self, **{name: getattr(self, name).pin_memory() for name in names})
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +76,7 @@ class StickerDataset:
         frames: the most frames of a sample, for which noise is drawn.
         dual_mask: False takes evenly spaced frames instead of one of each cluster (Table 3's arm).
         cache_bytes: decoded clips kept by each worker. A matter of speed alone.
+        cached: features of every clip of the index, read in the place of the clips; None: clips are decoded.
     """
 
     index: ClipIndex
@@ -124,6 +90,7 @@ class StickerDataset:
     frames: int = MAX_FRAMES
     dual_mask: bool = True
     cache_bytes: int = 256 * 2**20
+    cached: CachedClips | None = None
 
     def __post_init__(self) -> None:
         self._cache = _ClipCache(self.cache_bytes)
@@ -133,45 +100,54 @@ class StickerDataset:
 
         Raises:
             NoUsableClip: a clip and 32 stand-ins failed to decode.
+            CacheError: the features of a clip are gone or damaged.
         """
         return collate([self._sample(plan) for plan in micro_batch])
 
     def _sample(self, plan: SamplePlan) -> _Sample:
-        clip_id, frames, features, problems = self._decode(plan)
-        chosen = self._choose(features, plan)
+        clip_id, clip, problems = self._clip(plan)
+        chosen = self._choose(clip.thumbnails, plan)
         caption, condition_mask = self._conditions(plan, self.index.rows[clip_id].caption)
+        shown: np.ndarray | SampleFeatures
+        if isinstance(clip, StoredClip):
+            text = nearest_text(clip.texts, caption, self._rng(plan, "variant"))
+            shown, caption = clip.take(chosen.tolist(), text), clip.texts[text]
+        else:
+            shown = clip.frames[chosen]
         timestep = int(self._rng(plan, "timestep").integers(self.timesteps))
         generator = torch_generator(self.seed, *draw_key(plan.sample_number, "noise", plan.attempt))
         noise = torch.randn(self.latent.channels, self.frames, self.latent.size, self.latent.size, generator=generator)
-        return _Sample(plan, clip_id, frames[chosen], caption, condition_mask, timestep, noise[:, : plan.k], problems)
+        return _Sample(plan, clip_id, shown, caption, condition_mask, timestep, noise[:, : plan.k], problems)
 
     def _rng(self, plan: SamplePlan, purpose: str) -> np.random.Generator:
         return numpy_generator(self.seed, *draw_key(plan.sample_number, purpose, plan.attempt))
 
-    def _decode(self, plan: SamplePlan) -> tuple[int, np.ndarray, np.ndarray, list[Problem]]:
-        """The planned clip, or the first stand-in that decodes: its id, frames, features, and what failed before it."""
+    def _clip(self, plan: SamplePlan) -> tuple[int, _DecodedClip | StoredClip, list[Problem]]:
+        """The planned clip, or the first stand-in that decodes: its id, what it holds, and what failed before it."""
+        if self.cached is not None:
+            return plan.clip_id, self.cached.open(plan.clip_id, self.index.rows[plan.clip_id].path), []
         problems: list[Problem] = []
         for failures in range(_STAND_IN_ATTEMPTS + 1):
             clip_id = plan.clip_id if failures == 0 else self._stand_in(plan, failures)
             row = self.index.rows[clip_id]
             try:
-                frames, features = self._cache.get(clip_id) or self._cache.put(clip_id, self._decode_clip(clip_id))
+                clip = self._cache.get(clip_id) or self._cache.put(clip_id, self._decode(clip_id))
             except ClipError as error:
                 problems.append(Problem(row.path, error.reason, plan.sample_number))
                 continue
-            return clip_id, frames, features, problems
+            return clip_id, clip, problems
         raise NoUsableClip(
             f"sample {plan.sample_number}: {len(problems)} clips in a row cannot be decoded, the last one "
             f"'{problems[-1].path}': {problems[-1].reason}. Is the data folder '{self.index.root}' still there and readable?"
         )
 
-    def _decode_clip(self, clip_id: int) -> tuple[np.ndarray, np.ndarray]:
+    def _decode(self, clip_id: int) -> _DecodedClip:
         row = self.index.rows[clip_id]
         frames = decode_clip(self.index.root / row.path, self.image_size, self.background, self.limits)
         expected = min(row.num_frames, self.limits.max_frames)
         if len(frames) != expected:
             raise ClipError(row.path, f"has {len(frames)} frames, but had {expected} when it was indexed: the file has changed")
-        return frames, frame_features(frames)
+        return _DecodedClip(frames, frame_features(frames))
 
     def _stand_in(self, plan: SamplePlan, failures: int) -> int:
         """Another clip, from the seed alone: with enough frames for the planned mask if there is any."""
@@ -208,12 +184,20 @@ class StickerDataset:
 
 
 @dataclass(frozen=True, slots=True)
+class _DecodedClip:
+    """All frames, uint8 (F, H, W, 3), and their features for clustering, float32 (F, D)."""
+
+    frames: np.ndarray
+    thumbnails: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
 class _Sample:
-    """One sample before padding: frames uint8 (k, H, W, 3), condition_mask bool (k,), noise float32 (C, k, h, w)."""
+    """One sample before padding: shown is frames uint8 (k, H, W, 3) or features, condition_mask bool (k,), noise float32 (C, k, h, w)."""
 
     plan: SamplePlan
     clip_id: int
-    frames: np.ndarray
+    shown: np.ndarray | SampleFeatures
     caption: str
     condition_mask: np.ndarray
     timestep: int
@@ -223,31 +207,46 @@ class _Sample:
 
 def collate(samples: Sequence[_Sample]) -> Batch:
     """Stack samples, each padded at its end to the longest."""
-    batch, longest = len(samples), max(len(sample.frames) for sample in samples)
-    height, width = samples[0].frames.shape[1:3]
-    channels, _, *latent_size = samples[0].noise.shape
-    frames = torch.zeros(batch, 3, longest, height, width, dtype=torch.uint8)
-    noise = torch.zeros(batch, channels, longest, *latent_size)
-    condition_mask = torch.zeros(batch, longest, dtype=torch.bool)
-    frame_mask = torch.tensor([loss_mask(len(sample.frames), longest) for sample in samples])
+    lengths = [len(sample.condition_mask) for sample in samples]
+    longest = max(lengths)
+    frames = [torch.from_numpy(sample.shown).permute(3, 0, 1, 2) for sample in samples if isinstance(sample.shown, np.ndarray)]
+    features = [sample.shown for sample in samples if isinstance(sample.shown, SampleFeatures)]
+    condition_mask = torch.zeros(len(samples), longest, dtype=torch.bool)
     for row, sample in enumerate(samples):
-        k = len(sample.frames)
-        frames[row, :, :k] = torch.from_numpy(sample.frames).permute(3, 0, 1, 2)
-        noise[row, :, :k] = sample.noise
-        condition_mask[row, :k] = torch.from_numpy(sample.condition_mask)
+        condition_mask[row, : lengths[row]] = torch.from_numpy(sample.condition_mask)
     plans = [sample.plan for sample in samples]
     return Batch(
-        frames=frames,
+        frames=_padded(frames, longest) if frames else None,
         condition_mask=condition_mask,
-        frame_mask=frame_mask,
+        frame_mask=torch.tensor([loss_mask(length, longest) for length in lengths]),
         captions=[sample.caption for sample in samples],
         timestep=torch.tensor([sample.timestep for sample in samples], dtype=torch.int64),
-        noise=noise,
+        noise=_padded([sample.noise for sample in samples], longest),
         tasks=[plan.task for plan in plans],
         levels=[level(plan.mask) for plan in plans],
         sample_numbers=[plan.sample_number for plan in plans],
         clip_ids=[sample.clip_id for sample in samples],
         problems=[problem for sample in samples for problem in sample.problems],
+        features=_stacked(features, longest) if features else None,
+    )
+
+
+def _padded(samples: Sequence[torch.Tensor], longest: int) -> torch.Tensor:
+    """(C, k, H, W) each, k its own -> (B, C, longest, H, W), zero where there is nothing."""
+    channels, _, height, width = samples[0].shape
+    stacked = samples[0].new_zeros(len(samples), channels, longest, height, width)
+    for row, sample in enumerate(samples):
+        stacked[row, :, : sample.shape[1]] = sample
+    return stacked
+
+
+def _stacked(samples: Sequence[SampleFeatures], longest: int) -> StoredFeatures:
+    pixels = [sample.pixels.transpose(0, 1) for sample in samples if sample.pixels is not None]
+    return StoredFeatures(
+        _padded([sample.latents.transpose(0, 1) for sample in samples], longest),
+        _padded(pixels, longest) if pixels else None,
+        torch.stack([sample.clip for sample in samples]),
+        torch.stack([sample.t5 for sample in samples]),
     )
 
 
@@ -257,18 +256,17 @@ class _ClipCache:
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._bytes = 0
-        self._clips: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self._clips: OrderedDict[int, _DecodedClip] = OrderedDict()
 
-    def get(self, clip_id: int) -> tuple[np.ndarray, np.ndarray] | None:
+    def get(self, clip_id: int) -> _DecodedClip | None:
         clip = self._clips.get(clip_id)
         if clip is not None:
             self._clips.move_to_end(clip_id)
         return clip
 
-    def put(self, clip_id: int, clip: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    def put(self, clip_id: int, clip: _DecodedClip) -> _DecodedClip:
         self._clips[clip_id] = clip
-        self._bytes += clip[0].nbytes
+        self._bytes += clip.frames.nbytes
         while self._bytes > self._max_bytes:
-            _, (frames, _) = self._clips.popitem(last=False)
-            self._bytes -= frames.nbytes
+            self._bytes -= self._clips.popitem(last=False)[1].frames.nbytes
         return clip

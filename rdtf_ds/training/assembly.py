@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from rdtf_ds.curriculum.static import StaticSchedule
 from rdtf_ds.data.clip import ClipError, DecodeLimits
 from rdtf_ds.data.dataset import DropRates, LatentShape, StickerDataset
 from rdtf_ds.data.decoding import decode_clip
+from rdtf_ds.data.feature_cache import CachedClips
 from rdtf_ds.data.index import ClipIndex, build_index
 from rdtf_ds.data.loader import PlannedLoader
 from rdtf_ds.data.quarantine import Problem, Quarantine
@@ -32,21 +33,22 @@ from rdtf_ds.diffusion.loss import alphas_cumprod
 from rdtf_ds.diffusion.masks import Task
 from rdtf_ds.errors import UserError
 from rdtf_ds.experiment import Experiment
-from rdtf_ds.models.autoencoder import FrameAutoencoder, load_autoencoder
 from rdtf_ds.models.dfgn import DFGN
-from rdtf_ds.models.text_conditioning import TextEncoders
-from rdtf_ds.pipeline import RDTFPipeline, ddim_scheduler
+from rdtf_ds.pipeline import RDTFPipeline
 from rdtf_ds.seeding import derive_seed
+from rdtf_ds.training.caching import open_cache
 from rdtf_ds.training.checkpoint import Identity
 from rdtf_ds.training.collectives import gather_objects, on_rank_zero
 from rdtf_ds.training.ema import ShardedEMA
+from rdtf_ds.training.encoders import build_source, encoder_dtype, load_encoders
 from rdtf_ds.training.engine import TrainingEngine
 from rdtf_ds.training.incidents import BadSteps, Incidents
-from rdtf_ds.training.objective import Objective
+from rdtf_ds.training.objective import FrozenEncoders, Objective
 from rdtf_ds.training.optimizer import ParameterGroup, split_parameters
 from rdtf_ds.training.validation import Request, make_requests
+from rdtf_ds.training.validation_pipeline import LatePipeline, around
+from rdtf_ds.training.visiting_pipeline import visiting_pipeline
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PIXEL_GUIDANCE_CHANNELS = 4
 STICKERS = "stickers"
 
@@ -56,6 +58,7 @@ class Run:
     """A run ready to step. Everything but weights, EMA, plans, quarantine and incidents stays as it was built.
 
     Attributes:
+        cached: The clips' features, if it trains from a cache of them.
         failed_saves: Checkpoints that could not be written since this start.
         went_bad_at, weights_went_bad: Where the numbers of the last bad step first stopped being finite; whether in the weights.
         last_applied: Plan of the last step that changed the weights.
@@ -67,6 +70,7 @@ class Run:
     ema: ShardedEMA | None
     objective: Objective
     index: ClipIndex
+    cached: CachedClips | None
     curriculum: Curriculum
     queue: PlanQueue
     loader: PlannedLoader
@@ -85,7 +89,9 @@ class Run:
         rdtf, model = self.experiment.rdtf, model_config(self.engine.model)
         keys = rdtf.model_dump(mode="json", include={"data", "curriculum", "diffusion", "encoders", "optimizer", "ema"})
         keys["curriculum"]["static_steps"] = schedule_steps(rdtf)
+        keys["memory"] = {"encoders": rdtf.memory.encoders}  # features from a cache differ by rounding, and in which words are hidden
         del keys["data"]["data_dir"], keys["data"]["workers"]  # neither changes what a sample is: the fingerprint speaks for the clips
+        del keys["ema"]["device"]  # a place, no state
         return Identity(
             must_match={
                 "train_batch_size": self.experiment.global_batch,
@@ -99,7 +105,13 @@ class Run:
                     "curriculum": {key: keys["curriculum"][key] for key in ("error", "timestep_normalised", "timestep_buckets", "delay")},
                 },
             },
-            may_differ={"data fingerprint": self.index.fingerprint, "rdtf": keys},
+            may_differ={
+                "data fingerprint": self.index.fingerprint,
+                "zero_optimization.offload_optimizer": self.experiment.deepspeed["zero_optimization"].get("offload_optimizer"),
+                "data_types.grad_accum_dtype": self.experiment.deepspeed["data_types"].get("grad_accum_dtype"),
+                "feature cache": None if self.cached is None else asdict(self.cached.cache.header),
+                "rdtf": keys,
+            },
         )
 
     @property
@@ -143,14 +155,13 @@ def build_run(experiment: Experiment, rank: int, world_size: int, device: torch.
     """
     rdtf = experiment.rdtf
     folder = Path(rdtf.output_dir)
-    index = on_rank_zero(lambda: make_index(rdtf, folder))
+    index, cached = on_rank_zero(lambda: open_data(experiment, folder))
     quarantine = Quarantine(folder / "quarantine.jsonl", rdtf.data.max_bad_fraction, len(index.rows), write=rank == 0)
     quarantine.merge(index.problems)
 
-    compute = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[experiment.precision]
-    autoencoder, text_encoders = load_encoders(rdtf, compute if device.type == "cuda" else torch.float32, device)
+    source = build_source(experiment, cached, device)
     torch.manual_seed(derive_seed(rdtf.seed, "model"))
-    model = build_model(rdtf, autoencoder.channels, text_encoders.clip_dim, text_encoders.t5_dim)
+    model = build_model(rdtf, source.latent.channels, source.clip_dim, source.t5_dim)
     settings = rdtf.optimizer
     engine = TrainingEngine(
         model,
@@ -163,12 +174,13 @@ def build_run(experiment: Experiment, rank: int, world_size: int, device: torch.
         weight_decay=settings.weight_decay,
     )
     shards = {group.name: master for group, master in zip(engine.groups, engine.masters, strict=True)}
-    ema = ShardedEMA(shards, rdtf.ema.decay) if rdtf.ema.enabled else None
+    waits_on = torch.device("cpu") if rdtf.ema.device == "cpu" else None
+    ema = ShardedEMA(shards, rdtf.ema.decay, waits_on) if rdtf.ema.enabled else None
 
     curriculum = build_curriculum(rdtf)
     planner = build_planner(experiment, curriculum, index.trainable, index.frame_counts)
     queue = PlanQueue(planner, rdtf.curriculum.delay)
-    dataset = build_dataset(rdtf, index, LatentShape(autoencoder.channels, rdtf.data.image_size // autoencoder.factor))
+    dataset = build_dataset(rdtf, index, source.latent, cached)
     loader = PlannedLoader(
         dataset,
         queue,
@@ -181,8 +193,7 @@ def build_run(experiment: Experiment, rank: int, world_size: int, device: torch.
     )
     diffusion = rdtf.diffusion
     objective = Objective(
-        autoencoder=autoencoder,
-        text_encoders=text_encoders,
+        encoding=source.encoding,
         alphas_cumprod=alphas_cumprod(diffusion.schedule, diffusion.beta_start, diffusion.beta_end, diffusion.steps).to(device),
         guidance=rdtf.model.guidance,
         min_snr_gamma=diffusion.min_snr_gamma,
@@ -196,6 +207,7 @@ def build_run(experiment: Experiment, rank: int, world_size: int, device: torch.
         ema,
         objective,
         index,
+        cached,
         curriculum,
         queue,
         loader,
@@ -234,6 +246,15 @@ def write_config(folder: Path, experiment: Experiment) -> None:
         raise UserError(f"'{folder / 'config.json'}' cannot be written ({error.strerror}). Free some space and start again.") from error
 
 
+def open_data(experiment: Experiment, folder: Path) -> tuple[ClipIndex, CachedClips | None]:
+    """Index of the clips, and their features if the run trains from a cache; by rank 0, for all."""
+    index = make_index(experiment.rdtf, folder)
+    if experiment.rdtf.memory.encoders != "cached":
+        return index, None
+    cached, index = open_cache(experiment, index)
+    return index, cached
+
+
 def make_index(rdtf: RDTFSection, folder: Path) -> ClipIndex:
     """Index of the data folder, or of stickers made on the spot when none is given."""
     root = rdtf.data.data_dir
@@ -255,14 +276,6 @@ def decode_limits(rdtf: RDTFSection) -> DecodeLimits:
         max_bytes=data.max_bytes,
         timeout_s=data.decode_timeout_s,
     )
-
-
-def load_encoders(rdtf: RDTFSection, dtype: torch.dtype, device: torch.device) -> tuple[FrameAutoencoder, TextEncoders]:
-    """The frozen encoders on their device."""
-    sources = rdtf.encoders
-    autoencoder = load_autoencoder(sources.autoencoder, dtype, rdtf.memory.autoencoder_slice).to(device)
-    text = TextEncoders.from_pretrained(sources.clip, sources.t5, sources.text_length, dtype, DTYPES[sources.t5_dtype], device)
-    return autoencoder, text
 
 
 def build_model(rdtf: RDTFSection, latent_channels: int, clip_dim: int, t5_dim: int) -> DFGN:
@@ -325,8 +338,8 @@ def build_planner(experiment: Experiment, curriculum: Curriculum, clip_ids: np.n
     )
 
 
-def build_dataset(rdtf: RDTFSection, index: ClipIndex, latent: LatentShape) -> StickerDataset:
-    """Makes the planned micro-batches."""
+def build_dataset(rdtf: RDTFSection, index: ClipIndex, latent: LatentShape, cached: CachedClips | None = None) -> StickerDataset:
+    """Makes the planned micro-batches, of clips or of their cached features."""
     data = rdtf.data
     drops = DropRates(data.word_hide_probability, data.no_text_probability, data.no_image_probability, data.neither_probability)
     return StickerDataset(
@@ -340,31 +353,28 @@ def build_dataset(rdtf: RDTFSection, index: ClipIndex, latent: LatentShape) -> S
         timesteps=rdtf.diffusion.steps,
         frames=data.frames,
         dual_mask=data.dual_mask,
+        cached=cached,
     )
 
 
-def build_pipeline(run: Run) -> RDTFPipeline:
-    """The generation pipeline around the live network, for validation."""
-    rdtf, objective = run.experiment.rdtf, run.objective
-    diffusion, sampling, text = rdtf.diffusion, rdtf.sampling, objective.text_encoders
-    return RDTFPipeline(
-        unet=run.engine.model,
-        vae=objective.autoencoder.vae,
-        text_encoder=text.clip,
-        tokenizer=text.clip_tokenizer,
-        text_encoder_2=text.t5,
-        tokenizer_2=text.t5_tokenizer,
-        scheduler=ddim_scheduler(diffusion.schedule, diffusion.steps, diffusion.beta_start, diffusion.beta_end),
-        image_size=rdtf.data.image_size,
-        max_frames=rdtf.data.frames,
-        text_length=rdtf.encoders.text_length,
-        background=rdtf.data.background,
-        steps=rdtf.validation.steps,
-        eta=sampling.eta,
-        text_scale=sampling.text_scale,
-        image_scale=sampling.image_scale,
-        slice_frames=rdtf.memory.autoencoder_slice,
-    )
+def build_pipeline(run: Run) -> RDTFPipeline | LatePipeline:
+    """The generation pipeline around the live network, for validation.
+
+    A run that trains from a cache has no encoders: they are loaded on the CPU when the first clip is made. Text is encoded there, and
+    kept; the autoencoder visits the network's device.
+    """
+    rdtf, encoding, network = run.experiment.rdtf, run.objective.encoding, run.engine.model
+    if isinstance(encoding, FrozenEncoders):
+        build = visiting_pipeline if rdtf.memory.encoders == "cpu" else around
+        return build(network, encoding.autoencoder, encoding.text, rdtf)
+
+    def make() -> RDTFPipeline:
+        autoencoder, text = load_encoders(rdtf, torch.float32, torch.device("cpu"))
+        device = run.engine.device
+        visitor = autoencoder.to(dtype=encoder_dtype(run.experiment, device)).visit(device)
+        return visiting_pipeline(network, visitor, text, rdtf)
+
+    return LatePipeline(make, say=run.engine.rank == 0)
 
 
 def validation_requests(run: Run) -> list[Request]:

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from rdtf_ds.data.batch import StoredFeatures
 from rdtf_ds.diffusion.guidance import latent_guidance, pixel_guidance
 from rdtf_ds.diffusion.loss import add_noise, masked_mse, min_snr_weight
 from rdtf_ds.models.autoencoder import FrameAutoencoder
@@ -25,7 +26,9 @@ class Clips(Protocol):
     """The part of a `Batch` the objective reads: see `rdtf_ds.data.dataset`."""
 
     @property
-    def frames(self) -> Tensor: ...
+    def frames(self) -> Tensor | None: ...
+    @property
+    def features(self) -> StoredFeatures | None: ...
     @property
     def condition_mask(self) -> Tensor: ...
     @property
@@ -36,6 +39,44 @@ class Clips(Protocol):
     def timestep(self) -> Tensor: ...
     @property
     def noise(self) -> Tensor: ...
+
+
+class Features(NamedTuple):
+    """A micro-batch as the frozen encoders see it, on the device of training."""
+
+    latents: Tensor  # (B, C, F, h, w) fp32
+    pixels: Tensor | None  # in [-1, 1], (B, 3, F, ·, ·) at the frames' own size or the latents'; only guidance by pixels needs them
+    text: TextFeatures
+
+
+class Encoding(Protocol):
+    """Where the features of a micro-batch come from: `FrozenEncoders` or `read_features`."""
+
+    def __call__(self, batch: Clips, device: torch.device) -> Features: ...
+
+
+@dataclass(frozen=True)
+class FrozenEncoders:
+    """Features from the encoders themselves."""
+
+    autoencoder: FrameAutoencoder
+    text: TextEncoders
+
+    def __call__(self, batch: Clips, device: torch.device) -> Features:
+        """Encode frames and captions."""
+        if batch.frames is None:
+            raise ValueError("a batch of stored features has no frames to encode")
+        frames = batch.frames.to(device, torch.float32) / 127.5 - 1.0
+        return Features(self.autoencoder.encode(frames), frames, self.text.encode(batch.captions).to(device))
+
+
+def read_features(batch: Clips, device: torch.device) -> Features:
+    """Features that the loader read from a cache."""
+    if batch.features is None:
+        raise ValueError("a batch of frames has no stored features")
+    stored = batch.features.map(lambda tensor: tensor.to(device))
+    pixels = None if stored.pixels is None else stored.pixels.float()
+    return Features(stored.latents.float(), pixels, TextFeatures(stored.clip, stored.t5))
 
 
 class Encoded(NamedTuple):
@@ -55,15 +96,14 @@ class Objective:
     """ε-prediction of the frames under the loss mask, given the visible frames and the caption.
 
     Attributes:
-        autoencoder, text_encoders: Frozen, on the device of training.
+        encoding: Makes or reads the features of a micro-batch.
         alphas_cumprod: (steps,) of the noise schedule.
         guidance: ``latent`` or ``pixel``: what the network sees of visible frames.
         min_snr_gamma: γ of the min-SNR weights; None: unweighted.
         device, dtype: Where and in what precision the network computes; latents, noise and loss are fp32.
     """
 
-    autoencoder: FrameAutoencoder
-    text_encoders: TextEncoders
+    encoding: Encoding
     alphas_cumprod: Tensor
     guidance: str
     min_snr_gamma: float | None
@@ -72,17 +112,15 @@ class Objective:
 
     @torch.no_grad()
     def encode(self, batch: Clips) -> Encoded:
-        """Pixels and captions through the frozen encoders, noise added."""
+        """The features of a micro-batch, noise added."""
         timestep, noise = batch.timestep.to(self.device), batch.noise.to(self.device)
-        frames = batch.frames.to(self.device, torch.float32) / 127.5 - 1.0
-        latents = self.autoencoder.encode(frames)
+        latents, pixels, text = self.encoding(batch, self.device)
         noisy = add_noise(latents, noise, timestep, self.alphas_cumprod)
-        visible = self._visible(frames, latents, batch.condition_mask.to(self.device))
-        text = self.text_encoders.encode(batch.captions).to(device=self.device, dtype=self.dtype)
+        visible = self._visible(pixels, latents, batch.condition_mask.to(self.device))
         weight = None if self.min_snr_gamma is None else min_snr_weight(self.alphas_cumprod, timestep, self.min_snr_gamma)
         sample = torch.cat([noisy, visible], dim=1).to(self.dtype)
         padded = not bool(batch.frame_mask.all())
-        return Encoded(sample, timestep, text, batch.frame_mask.to(self.device), padded, noise, weight)
+        return Encoded(sample, timestep, text.to(dtype=self.dtype), batch.frame_mask.to(self.device), padded, noise, weight)
 
     def losses(self, network: Network, encoded: Encoded) -> Tensor:
         """Loss of each sample, (B,) fp32, with graph into the network."""
@@ -91,7 +129,9 @@ class Objective:
         predicted = network(encoded.sample, encoded.timestep, encoded.text, frame_mask)
         return masked_mse(predicted, encoded.noise, encoded.frame_mask, encoded.weight)
 
-    def _visible(self, frames: Tensor, latents: Tensor, condition_mask: Tensor) -> Tensor:
-        if self.guidance == "pixel":
-            return pixel_guidance(frames, condition_mask, (latents.shape[-2], latents.shape[-1]))
-        return latent_guidance(latents, condition_mask)
+    def _visible(self, pixels: Tensor | None, latents: Tensor, condition_mask: Tensor) -> Tensor:
+        if self.guidance == "latent":
+            return latent_guidance(latents, condition_mask)
+        if pixels is None:
+            raise ValueError("guidance by pixels needs them among the features")
+        return pixel_guidance(pixels, condition_mask, (latents.shape[-2], latents.shape[-1]))

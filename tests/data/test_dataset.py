@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,8 +13,13 @@ import numpy as np
 import pytest
 import torch
 
+from rdtf_ds.data.cache_header import CacheError, CacheHeader
 from rdtf_ds.data.captions import NO_CAPTION
+from rdtf_ds.data.clip import DecodeLimits
+from rdtf_ds.data.clustering import frame_features
 from rdtf_ds.data.dataset import Batch, DropRates, NoUsableClip
+from rdtf_ds.data.decoding import decode_clip
+from rdtf_ds.data.feature_cache import CachedClips, ClipFeatures, FeatureCache, caption_texts, clip_key
 from rdtf_ds.data.quarantine import Problem
 from rdtf_ds.data.step_plan import SamplePlan
 from rdtf_ds.diffusion.masks import Task
@@ -252,3 +258,79 @@ def test_the_cache_decodes_a_clip_once_while_it_fits(root: Path, monkeypatch: py
 def test_to_moves_all_tensors(root: Path) -> None:
     moved = dataset(root)[(plan(0, 0),)].to("meta")
     assert {value.device.type for value in (moved.frames, moved.condition_mask, moved.frame_mask, moved.timestep, moved.noise)} == {"meta"}
+
+
+@pytest.fixture(scope="module")
+def cached(root: Path, tmp_path_factory: pytest.TempPathFactory) -> CachedClips:
+    """Of `root`'s clips: a frame's latents are 100 times its clip and its number, pixels their negative; a text's features its length."""
+    cache = FeatureCache.create(tmp_path_factory.mktemp("cache"), CacheHeader({}, 4, 4, 2, 6, 5))
+    data, keys = dataset(root), {}
+    for clip_id in data.index.trainable.tolist():
+        row = data.index.rows[clip_id]
+        frames = decode_clip(root / row.path, SIDE, (255, 255, 255), DecodeLimits())
+        texts = caption_texts(row.caption, 0.5, 4)
+        numbers = 100.0 * clip_id + torch.arange(len(frames))[:, None, None, None]
+        lengths = torch.tensor([float(len(text)) for text in texts])[:, None, None]
+        keys[clip_id] = clip_key(root / row.path, row.caption)
+        features = ClipFeatures(
+            numbers.expand(-1, 4, 2, 2), torch.from_numpy(frame_features(frames)), texts,
+            lengths.expand(-1, 7, 6), -lengths.expand(-1, 7, 5), -numbers.expand(-1, 3, 2, 2),
+        )  # fmt: skip
+        cache.write(keys[clip_id], features)
+    return CachedClips(cache, keys)
+
+
+def test_a_cached_batch_is_of_the_same_draws(root: Path, cached: CachedClips, monkeypatch: pytest.MonkeyPatch) -> None:
+    drops = DropRates(0.0, 0.2, 0.2, 0.2)
+    plans = tuple(plan(number, number % 4, "#.." if number % 2 else "##.", text=number % 3 > 0) for number in range(24))
+    plans = (*plans, plan(24, 0, "#......."))
+    plain = dataset(root, drops=drops)[plans]
+    monkeypatch.setattr("rdtf_ds.data.dataset.decode_clip", lambda *arguments: pytest.fail("a cached sample decodes nothing"))
+    made = dataset(root, drops=drops, cached=cached)[plans]
+    assert made.frames is None and plain.features is None and made.features is not None and plain.frames is not None
+    for name in set(Batch.__dataclass_fields__) - {"frames", "features"}:
+        mine, other = getattr(plain, name), getattr(made, name)
+        assert torch.equal(mine, other) if isinstance(mine, torch.Tensor) else mine == other, name
+    real = plain.frame_mask
+    numbers = plain.frames[:, 0, :, 0, 0] / 10 + 100.0 * torch.tensor(plain.clip_ids)[:, None]
+    expected = torch.where(real, numbers, 0.0)[:, None, :, None, None]
+    assert torch.equal(made.features.latents, expected.expand(-1, 4, -1, 2, 2))
+    assert made.features.pixels is not None and torch.equal(made.features.pixels, -expected.expand(-1, 3, -1, 2, 2))
+    lengths = torch.tensor([float(len(caption)) for caption in plain.captions])[:, None, None]
+    assert torch.equal(made.features.clip, lengths.expand(-1, 7, 6)) and torch.equal(made.features.t5, -lengths.expand(-1, 7, 5))
+
+
+def test_hidden_words_of_a_cached_sample_are_among_the_variants(root: Path, cached: CachedClips) -> None:
+    drops = DropRates(0.5, 0, 0, 0)
+    texts = caption_texts("one two three four", 0.5, 4)
+    plans = tuple(plan(number, 0) for number in range(200))
+    plain, made = dataset(root, drops=drops)[plans].captions, dataset(root, drops=drops, cached=cached)[plans].captions
+    assert set(made) == set(texts)
+    assert all(mine == other for mine, other in zip(plain, made, strict=True) if mine in texts)
+    assert sum(mine == other for mine, other in zip(plain, made, strict=True)) < 200
+    again = [dataset(root, drops=drops, cached=cached)[(one,)].captions[0] for one in plans]
+    assert again == made
+    whole = torch.tensor([float(len(caption)) for caption in made])
+    features = dataset(root, drops=drops, cached=cached)[plans].features
+    assert features is not None and torch.equal(features.clip[:, 0, 0], whole), "a caption is told as what its features are of"
+
+
+def test_cached_features_are_lost_aloud(root: Path, cached: CachedClips, tmp_path: Path) -> None:
+    shutil.copytree(cached.cache.folder, tmp_path / "copy")
+    moved = CachedClips(FeatureCache(tmp_path / "copy"), cached.keys)
+    data = dataset(root, cached=moved)
+    assert data[(plan(0, 1),)].clip_ids == [1]
+    path = moved.cache.path(moved.keys[1])
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CacheError, match=r"damaged \(clip '1.png'\)"):
+        data[(plan(0, 1),)]
+    path.unlink()
+    with pytest.raises(CacheError, match="clip '1.png' is not in the feature cache"):
+        data[(plan(0, 1),)]
+
+
+def test_to_moves_stored_features(root: Path, cached: CachedClips) -> None:
+    moved = dataset(root, cached=cached)[(plan(0, 0),)].to("meta")
+    assert moved.frames is None and moved.features is not None and moved.features.pixels is not None
+    parts = (moved.features.latents, moved.features.pixels, moved.features.clip, moved.features.t5, moved.noise)
+    assert {part.device.type for part in parts} == {"meta"}

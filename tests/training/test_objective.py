@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from rdtf_ds.data.batch import StoredFeatures
 from rdtf_ds.diffusion.loss import alphas_cumprod
 from rdtf_ds.models.autoencoder import FrameAutoencoder, HaarAutoencoder
 from rdtf_ds.models.text_conditioning import TextFeatures
-from rdtf_ds.training.objective import Objective
+from rdtf_ds.training.objective import FrozenEncoders, Objective, read_features
 
 B, C, F, SIDE = 2, 12, 4, 4
 ALPHAS = alphas_cumprod("linear", 0.00085, 0.012, 1000)
@@ -23,7 +25,8 @@ class Captions:
 
 
 def objective(guidance: str = "latent", gamma: float | None = None, dtype: torch.dtype = torch.float32) -> Objective:
-    return Objective(FrameAutoencoder(HaarAutoencoder(2)), Captions(), ALPHAS, guidance, gamma, torch.device("cpu"), dtype)
+    encoders = FrozenEncoders(FrameAutoencoder(HaarAutoencoder(2)), Captions())
+    return Objective(encoders, ALPHAS, guidance, gamma, torch.device("cpu"), dtype)
 
 
 def batch(**changes):
@@ -44,7 +47,7 @@ def batch(**changes):
 def test_the_network_sees_noisy_latents_then_visible_frames():
     shown, clips = objective(), batch()
     encoded = shown.encode(clips)
-    latents = shown.autoencoder.encode(clips.frames.float() / 127.5 - 1)
+    latents = shown.encoding.autoencoder.encode(clips.frames.float() / 127.5 - 1)
     noisy, visible = encoded.sample.split(C, dim=1)
     for sample, t in enumerate((10, 900)):
         expected = ALPHAS[t].sqrt().float() * latents[sample] + (1 - ALPHAS[t]).sqrt().float() * clips.noise[sample]
@@ -106,3 +109,36 @@ def test_half_precision_reaches_the_network_alone():
     assert encoded.sample.dtype == encoded.text.clip.dtype == torch.bfloat16
     losses = shown.losses(lambda sample, timestep, text, frame_mask: sample[:, :C], encoded)
     assert encoded.noise.dtype == losses.dtype == torch.float32
+
+
+def stored_features(pixels: bool = True) -> StoredFeatures:
+    generator = torch.Generator().manual_seed(6)
+    small = torch.randn(B, 3, F, SIDE, SIDE, generator=generator).half() if pixels else None
+    text = torch.randn(2, B, 5, 7, generator=generator).half()
+    return StoredFeatures(torch.randn(B, C, F, SIDE, SIDE, generator=generator).half(), small, text[0], text[1])
+
+
+@pytest.mark.parametrize("guidance", ["latent", "pixel"])
+def test_stored_features_take_the_encoders_place(guidance):
+    features = stored_features()
+    clips = batch(frames=None, features=features)
+    encoded = replace(objective(guidance), encoding=read_features).encode(clips)
+    noisy, visible = encoded.sample.split([C, encoded.sample.shape[1] - C], dim=1)
+    alphas = ALPHAS[clips.timestep].float()[:, None, None, None, None]
+    torch.testing.assert_close(noisy, alphas.sqrt() * features.latents.float() + (1 - alphas).sqrt() * clips.noise)
+    shown = clips.condition_mask[:, None, :, None, None]
+    expected = features.latents if guidance == "latent" else features.pixels
+    assert torch.equal(visible[:, : expected.shape[1]], torch.where(shown, expected.float(), 0.0))
+    if guidance == "pixel":
+        assert torch.equal(visible[:, 3:], shown.float().expand(-1, 1, -1, SIDE, SIDE))
+    assert torch.equal(encoded.text.clip, features.clip.float()) and torch.equal(encoded.text.t5, features.t5.float())
+    assert encoded.sample.dtype == torch.float32
+
+
+def test_features_of_the_wrong_kind_are_refused():
+    with pytest.raises(ValueError, match="has no frames"):
+        objective().encode(batch(frames=None, features=stored_features()))
+    with pytest.raises(ValueError, match="has no stored features"):
+        replace(objective(), encoding=read_features).encode(batch(features=None))
+    with pytest.raises(ValueError, match="needs them"):
+        replace(objective("pixel"), encoding=read_features).encode(batch(frames=None, features=stored_features(pixels=False)))
