@@ -20,9 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from rdtf_ds.models import recompute
 from rdtf_ds.models.dfgn import DFGN
 from rdtf_ds.models.text_conditioning import TextFeatures
 
@@ -51,12 +53,14 @@ class TrainingTrace:
         forward_peak: At most, while forward runs.
         arrivals: Gradients in the order in which backward completes them.
         backward_tail: At most, after the last gradient came.
+        host: Of these, bytes that wait in CPU memory at most; they are in none of the others.
     """
 
     saved: int
     forward_peak: int
     arrivals: tuple[GradientArrival, ...]
     backward_tail: int
+    host: int = 0
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's modes are not typed
@@ -68,8 +72,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's 
 
     def __init__(self, known: Iterable[Any] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
+        self.now = self.peak = self.host = self.host_peak = 0
         self._counted: dict[int, int] = {}
+        self._on_host: set[int] = set()
+        self._goes_to_host = False
         # Held, so that no other storage takes the place of one of theirs.
         self._known = [tensor for tensor in known if isinstance(tensor, Tensor)]
         self._ignored = {tensor.untyped_storage()._cdata for tensor in self._known}
@@ -85,17 +91,58 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's 
         """Forget all peaks but the present."""
         self.peak = self.now
 
+    @contextmanager
+    def on_host(self) -> Iterator[None]:
+        """What is made inside lies in CPU memory, and is counted apart."""
+        self._goes_to_host = True
+        try:
+            yield
+        finally:
+            self._goes_to_host = False
+
     def _count(self, storage: torch.UntypedStorage) -> None:
         place = storage._cdata
         if place in self._counted or place in self._ignored:
             return
         self._counted[place] = size = storage.nbytes()
-        self.now += size
-        self.peak = max(self.peak, self.now)
+        if self._goes_to_host:
+            self._on_host.add(place)
+            self.host += size
+            self.host_peak = max(self.host_peak, self.host)
+        else:
+            self.now += size
+            self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._forget, place)
 
     def _forget(self, place: int) -> None:
-        self.now -= self._counted.pop(place)
+        size = self._counted.pop(place)
+        if place in self._on_host:
+            self._on_host.remove(place)
+            self.host -= size
+        else:
+            self.now -= size
+
+
+class _ToHost(saved_tensors_hooks):
+    """``save_on_cpu`` where device and CPU are the same and it would keep the tensor itself: a copy there, and another when it is back."""
+
+    def __init__(self, live: LiveBytes) -> None:
+        def pack(tensor: Tensor) -> Tensor:
+            with live.on_host():
+                return tensor.clone()
+
+        super().__init__(pack, lambda packed: packed.clone())
+
+
+@contextmanager
+def _offload_counted(live: LiveBytes) -> Iterator[None]:
+    """Activations that DFGN sends to the CPU are counted as gone from the device."""
+    before = recompute.save_on_cpu  # type: ignore[attr-defined]
+    recompute.save_on_cpu = lambda pin_memory=False: _ToHost(live)  # type: ignore[attr-defined,assignment,misc]
+    try:
+        yield
+    finally:
+        recompute.save_on_cpu = before  # type: ignore[attr-defined]
 
 
 def trace_training(network: nn.Module, run: Callable[[], Tensor], inputs: Iterable[Any]) -> TrainingTrace:
@@ -118,14 +165,14 @@ def trace_training(network: nn.Module, run: Callable[[], Tensor], inputs: Iterab
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     hooks = [parameter.register_post_accumulate_grad_hook(arrived) for parameter in trained]  # type: ignore[no-untyped-call]
     try:
-        with live:
+        with live, _offload_counted(live):
             predicted = run()
             saved, forward_peak = live.now, live.peak
             live.restart_peak()
             loss = predicted.float().pow(2).mean()
             del predicted
             loss.backward()  # type: ignore[no-untyped-call]
-            return TrainingTrace(saved, forward_peak, tuple(arrivals), live.peak)
+            return TrainingTrace(saved, forward_peak, tuple(arrivals), live.peak, live.host_peak)
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,9 +1,10 @@
 """GPUs the planner knows. No figure here was measured by this project: it has been run on machines without a GPU only.
 
 Total bytes are what PyTorch reports as "total capacity" in the out-of-memory messages people post, the smallest seen of each card where
-drivers and ECC differ: 31.74 GiB (V100-32GB), 15.78 (V100-16GB), 14.56 (T4), 11.60 (a 12 GB card), 7.78 (an 8 GB card) were looked up;
-those of the P100, A10, A100, RTX 3090 and 4090 are from memory of such messages and not checked. It is a little less than what is printed
-on the box, and a desktop drawn on the same card takes its own part of it.
+drivers and ECC differ. Looked up: 31.74 GiB (V100-32GB), 15.78 (V100-16GB), 14.56 (T4), 11.60 (a 12 GB card), 7.78 (an 8 GB card),
+23.61 to 23.68 (RTX 4090), 23.69 and 23.70 (RTX 3090), 39.50 and 39.59 (A100-40GB), 79.25 (A100-80GB). Those of the P100 and A10 are from
+memory of such messages: none was found. It is a little less than what is printed on the box, and a desktop drawn on the same card takes
+its own part of it.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ GPUS = {
         GPU("v100-16gb", int(15.77 * GIB), (7, 0)),
         GPU("p100", int(15.89 * GIB), (6, 0)),
         GPU("a10", int(22.06 * GIB), (8, 6)),
-        GPU("rtx4090", int(23.63 * GIB), (8, 9)),
+        GPU("rtx4090", int(23.61 * GIB), (8, 9)),
         GPU("rtx3090", int(23.68 * GIB), (8, 6)),
         GPU("v100-32gb", int(31.74 * GIB), (7, 0)),
         GPU("a100-40gb", int(39.39 * GIB), (8, 0)),

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import combinations, product
 
 from rdtf_ds.experiment import RANK_QUANTUM
 from rdtf_ds.memory.gpus import GPU
 from rdtf_ds.memory.planner import MemoryPlan, Setup, Sources, plan
 
 SMALL_GROUPS, SMALL_BUCKETS = 10_000_000, 5_000_000
+_HARDER: dict[str, tuple[tuple[str, int], ...]] = {
+    "none": (("selective", 3), ("blocks", 4), ("blocks_cpu_offload", 7)),
+    "selective": (("blocks", 2), ("blocks_cpu_offload", 6)),
+    "blocks": (("blocks_cpu_offload", 5),),
+    "blocks_cpu_offload": (),
+}
+"""Ways to keep less for backward, and their costs."""
 
 
 @dataclass(frozen=True)
@@ -22,21 +29,23 @@ class Change:
     apply: Callable[[Setup], Setup]
 
 
-
 def smallest_changes(setup: Setup, sources: Sources, gpu: GPU) -> tuple[tuple[Change, ...], MemoryPlan] | None:
     """The fewest changes with which the run fits on ``gpu``, the cheapest of as many, with its plan; none when it fits as it is.
+
+    Sets are tried from the smallest on, so that what is found early is all that is planned.
 
     Returns:
         None when no set of these changes makes it fit.
     """
-    families = [(None, *family) for family in _families(setup)]
-    chosen = [tuple(change for change in changes if change is not None) for changes in product(*families)]
-    for changes in sorted(chosen, key=lambda changes: (len(changes), sum(change.cost for change in changes))):
-        changed = setup
-        for change in changes:
-            changed = change.apply(changed)
-        if _splits(changed) and (made := plan(changed, sources, gpu)).fits:
-            return changes, made
+    families = list(_families(setup))
+    for size in range(len(families) + 1):
+        sets = [changes for chosen in combinations(families, size) for changes in product(*chosen)]
+        for changes in sorted(sets, key=lambda changes: sum(change.cost for change in changes)):
+            changed = setup
+            for change in changes:
+                changed = change.apply(changed)
+            if _possible(changed) and (made := plan(changed, sources, gpu)).fits:
+                return changes, made
     return None
 
 
@@ -69,20 +78,44 @@ def _families(setup: Setup) -> Iterator[list[Change]]:
         yield [Change("rdtf.memory.autoencoder_slice=1", 1, _set(autoencoder_slice=1))]
     if setup.group_size > SMALL_GROUPS:
         yield [Change(f"rdtf.optimizer.group_size={SMALL_GROUPS} (for a new run)", 2, _set(group_size=SMALL_GROUPS))]
-    if setup.checkpointing == "none":
-        yield [Change("rdtf.memory.activation_checkpointing=blocks", 4, _set(checkpointing="blocks"))]
+    if harder := _HARDER[setup.checkpointing]:
+        yield [Change(f"rdtf.memory.activation_checkpointing={mode}", cost, _set(checkpointing=mode)) for mode, cost in harder]
     if setup.micro_batch > 1:
         yield [Change("train_micro_batch_size_per_gpu=1", 4, _set(micro_batch=1))]
-    if setup.ema:
-        yield [Change("rdtf.ema.enabled=false (for a new run; clips get worse)", 16, _set(ema=False))]
-    more = [ranks for ranks in range(setup.ranks + 1, RANK_QUANTUM + 1) if _splits(replace(setup, ranks=ranks, micro_batch=1))]
+    if setup.encoders == "resident":
+        yield [
+            Change("rdtf.memory.encoders=cached (after tools/cache_dataset.py)", 3, _set(encoders="cached")),
+            Change("rdtf.memory.encoders=cpu", 5, _set(encoders="cpu")),
+        ]
+    if not setup.offload_optimizer:
+        yield from _of_the_optimizer(setup)
+    more = [ranks for ranks in range(setup.ranks + 1, RANK_QUANTUM + 1) if _possible(replace(setup, ranks=ranks, micro_batch=1))]
     yield [Change(f"{ranks} GPUs", 32 * ranks, _set(ranks=ranks)) for ranks in more]
+
+
+def _of_the_optimizer(setup: Setup) -> Iterator[list[Change]]:
+    """Masters, moments, gradients and mean: narrower, elsewhere, or not at all."""
+    told = "zero_optimization.offload_optimizer.device=cpu and rdtf.optimizer.bits=32"
+    if setup.ema == "gpu":
+        told += " and rdtf.ema.device=cpu"
+        yield [
+            Change("rdtf.ema.device=cpu", 6, _set(ema="cpu")),
+            Change("rdtf.ema.enabled=false (for a new run; clips get worse)", 16, _set(ema="off")),
+        ]
+    yield [Change(f"{told} (for a new run)", 24, _offloaded)]
+    if setup.gradient_bytes > setup.compute_bytes:
+        yield [Change("data_types.grad_accum_dtype=null", 2, _set(grad_bytes=0))]
+
+
+def _offloaded(setup: Setup) -> Setup:
+    """With the masters on the CPU, the mean is there too, and gradients are summed there in compute precision."""
+    return replace(setup, offload_optimizer=True, grad_bytes=0, ema="off" if setup.ema == "off" else "cpu")
 
 
 def _set(**values: object) -> Callable[[Setup], Setup]:
     return lambda setup: replace(setup, **values)  # type: ignore[arg-type]
 
 
-def _splits(setup: Setup) -> bool:
+def _possible(setup: Setup) -> bool:
     """Whether so many ranks can share the global batch and the optimizer's state."""
     return setup.global_batch % (setup.micro_batch * setup.ranks) == 0 and RANK_QUANTUM % setup.ranks == 0

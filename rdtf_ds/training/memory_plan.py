@@ -11,8 +11,10 @@ from rdtf_ds.experiment import Experiment
 from rdtf_ds.memory.activations import ClipShape, DFGNTracer
 from rdtf_ds.memory.encoders import AutoencoderTracer, Encoders, read_encoders
 from rdtf_ds.memory.gpus import GPU
-from rdtf_ds.memory.planner import Group, MemoryPlan, Setup, Sources, plan
-from rdtf_ds.training.assembly import DTYPES, build_model
+from rdtf_ds.memory.host import plan_on_cpu
+from rdtf_ds.memory.planner import AUTOENCODER, Group, MemoryPlan, Setup, Sources, plan
+from rdtf_ds.training.assembly import build_model
+from rdtf_ds.training.encoders import DTYPES
 from rdtf_ds.training.optimizer import split_parameters
 
 COMPUTE = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -32,21 +34,23 @@ def plan_experiment(experiment: Experiment, ranks: int, gpu: GPU | None) -> Plan
     """Predict the memory of an experiment on so many GPUs of a kind, without allocating anything of its size.
 
     Args:
-        gpu: None for the tensors alone.
+        gpu: None for the CPU as device: resident memory above that of the process before anything was built.
 
     Raises:
         UserError: Encoders that cannot be read, a batch that so many ranks cannot share.
     """
     encoders = read_encoders(experiment.rdtf.encoders)
-    setup, sources = describe(experiment, ranks, encoders)
-    return Planned(setup, sources, plan(setup, sources, gpu), encoders)
+    setup, sources = describe(experiment, ranks, encoders, "cpu" if gpu is None else "cuda")
+    made = plan_on_cpu(setup, sources) if gpu is None else plan(setup, sources, gpu)
+    return Planned(setup, sources, made, encoders)
 
 
-def describe(experiment: Experiment, ranks: int, encoders: Encoders) -> tuple[Setup, Sources]:
-    """The planner's numbers of an experiment."""
+def describe(experiment: Experiment, ranks: int, encoders: Encoders, device_type: str = "cuda") -> tuple[Setup, Sources]:
+    """The planner's numbers of an experiment; on a CPU the encoders compute in fp32."""
     rdtf, zero = experiment.rdtf, experiment.deepspeed["zero_optimization"]
     dtype = COMPUTE[experiment.precision]
-    autoencoder = AutoencoderTracer(encoders.autoencoder, rdtf.data.image_size, dtype)
+    encoder_dtype = dtype if device_type == "cuda" else torch.float32
+    autoencoder = AutoencoderTracer(encoders.autoencoder, rdtf.data.image_size, encoder_dtype)
     widths = (autoencoder.channels, encoders.clip_dim, encoders.t5_dim)
     # xformers has no operator for tensors without data; what it keeps is what sdpa's fused kernels keep.
     backend = "math" if rdtf.model.attention_backend == "math" else "sdpa"
@@ -62,20 +66,23 @@ def describe(experiment: Experiment, ranks: int, encoders: Encoders) -> tuple[Se
         )
         return tuple(Group(tuple(p.numel() for _, p in group.parameters), group.padding, group.bits) for group in split)
 
-    halves = encoders.clip_parameters + autoencoder.parameters
     setup = Setup(
         ranks=ranks,
         global_batch=experiment.global_batch,
         micro_batch=experiment.micro_batch,
         compute_bytes=dtype.itemsize,
         group_size=rdtf.optimizer.group_size,
-        ema=rdtf.ema.enabled,
+        ema=rdtf.ema.device if rdtf.ema.enabled else "off",
         checkpointing=rdtf.memory.activation_checkpointing,
         autoencoder_slice=rdtf.memory.autoencoder_slice,
         frames=rdtf.data.frames,
         reduce_bucket=zero["reduce_bucket_size"],
         overlap_comm=zero["overlap_comm"],
         validates=rdtf.validation.interval > 0,
+        encoders=rdtf.memory.encoders,
+        offload_optimizer=zero.get("offload_optimizer") is not None,
+        grad_bytes=4 if experiment.deepspeed.get("data_types", {}).get("grad_accum_dtype") == "fp32" else dtype.itemsize,
+        frame_counts=min(rdtf.data.frames - rdtf.data.k_min + 1, rdtf.max_steps) if rdtf.data.dual_mask else 1,
     )
     return setup, Sources(
         groups=cache(groups),
@@ -83,5 +90,9 @@ def describe(experiment: Experiment, ranks: int, encoders: Encoders) -> tuple[Se
         sampling=tracer.sampling,
         encode=cache(autoencoder.encode),
         decode=cache(autoencoder.decode),
-        encoder_bytes=halves * dtype.itemsize + encoders.t5_parameters * DTYPES[rdtf.encoders.t5_dtype].itemsize,
+        encoders={
+            AUTOENCODER: autoencoder.parameters * encoder_dtype.itemsize,
+            "clip": encoders.clip_parameters * encoder_dtype.itemsize,
+            "t5": encoders.t5_parameters * DTYPES[rdtf.encoders.t5_dtype].itemsize,
+        },
     )

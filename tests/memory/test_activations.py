@@ -103,3 +103,21 @@ def test_default_dtype_comes_back_after_an_error():
         assert torch.zeros(1).dtype == torch.float16
         raise RuntimeError("inside")
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_what_waits_on_the_cpu_is_not_on_the_device():
+    offloaded, kept = tracer("small").training("blocks_cpu_offload", 1), tracer("small").training("blocks", 1)
+    assert kept.host == 0 < offloaded.host
+    assert offloaded.saved < kept.saved - 0.5 * offloaded.host / 2, "the units' inputs are gone"
+    assert sorted(arrival.elements for arrival in offloaded.arrivals) == sorted(arrival.elements for arrival in kept.arrivals)
+
+
+def test_host_bytes_are_counted_apart():
+    with LiveBytes() as live:
+        with live.on_host():
+            there = torch.zeros(50)
+        here = torch.zeros(10)
+        assert (live.host, live.now) == (200, 40)
+        del there
+        assert (live.host, live.host_peak, live.now) == (0, 200, 40)
+    assert here.numel() == 10

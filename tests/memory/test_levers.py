@@ -6,12 +6,12 @@ import pytest
 
 from rdtf_ds.memory.activations import GradientArrival, TrainingTrace
 from rdtf_ds.memory.gpus import GPU
-from rdtf_ds.memory.levers import largest_micro_batch, smallest_changes
+from rdtf_ds.memory.levers import _families, largest_micro_batch, smallest_changes
 from rdtf_ds.memory.planner import Group, Setup, Sources, plan
 
 ELEMENTS, PARAMETERS = 49_152 * 2_000, 100  # about a tenth of DFGN
 SETUP = Setup(
-    ranks=1, global_batch=16, micro_batch=4, compute_bytes=2, group_size=20_000_000, ema=True, checkpointing="none", autoencoder_slice=8,
+    ranks=1, global_batch=16, micro_batch=4, compute_bytes=2, group_size=20_000_000, ema="gpu", checkpointing="none", autoencoder_slice=8,
     frames=8, reduce_bucket=50_000_000, overlap_comm=False, validates=False,
 )  # fmt: skip
 
@@ -31,7 +31,7 @@ def groups(size):
     return tuple(Group((ELEMENTS // PARAMETERS,) * in_each, 0, 8) for _ in range(count))
 
 
-SOURCES = Sources(groups, training, lambda clips: 0, lambda frames: 0, lambda frames: 0, 0)
+SOURCES = Sources(groups, training, lambda clips: 0, lambda frames: 0, lambda frames: 0, {})
 
 
 def card(size):
@@ -54,30 +54,48 @@ def test_nothing_is_changed_that_fits():
 
 def test_one_change_is_better_than_two_and_a_cheap_one_than_a_dear_one():
     assert told(card(peak() - 1)) == ["zero_optimization.reduce_bucket_size=5000000"]
-    assert told(card(peak(checkpointing="blocks"))) == ["rdtf.memory.activation_checkpointing=blocks"]
-    both = told(card(peak(checkpointing="blocks", micro_batch=1)))
-    assert both is not None and len(both) == 2 and both[-1] == "train_micro_batch_size_per_gpu=1"
+    assert told(card(peak(checkpointing="selective"))) == ["rdtf.memory.activation_checkpointing=selective"]
+    both = told(card(peak(ema="off", checkpointing="selective", micro_batch=1) - 40_000_000), replace(SETUP, ema="off", encoders="cached"))
+    assert both is not None and len(both) == 2
 
 
-def test_the_quality_of_clips_goes_before_more_money():
-    everything = {"checkpointing": "blocks", "micro_batch": 1, "reduce_bucket": 5_000_000, "group_size": 10_000_000}
-    small = replace(SETUP, **everything, autoencoder_slice=1)
-    assert told(card(peak(**everything, ema=False)), small) == ["rdtf.ema.enabled=false"]
-    # Of so small a model two cards share less than what NCCL takes.
-    assert told(card(peak(**everything, ema=False) - 1), small) == ["4 GPUs"]
+SMALL = replace(
+    SETUP, checkpointing="blocks_cpu_offload", micro_batch=1, reduce_bucket=5_000_000, group_size=10_000_000, autoencoder_slice=1,
+    encoders="cached",
+)  # fmt: skip
+
+
+def peak_of(setup):
+    return plan(setup, SOURCES, card(0)).peak.total
+
+
+def test_time_goes_before_quality_and_quality_before_money():
+    assert told(card(peak_of(replace(SMALL, ema="cpu"))), SMALL) == ["rdtf.ema.device=cpu"]
+    on_cpu = replace(SMALL, ema="cpu", offload_optimizer=True)
+    assert told(card(peak_of(on_cpu)), SMALL) == [
+        "zero_optimization.offload_optimizer.device=cpu and rdtf.optimizer.bits=32 and rdtf.ema.device=cpu"
+    ]
+    assert told(card(peak_of(on_cpu) - 1), on_cpu) is None, "of weights nothing is shared, and NCCL comes on top"
+
+
+def test_offload_keeps_a_mean_that_is_off():
+    off = replace(SMALL, ema="off")
+    found = smallest_changes(off, SOURCES, card(peak_of(replace(off, offload_optimizer=True))))
+    assert found is not None and found[1].setup == replace(off, offload_optimizer=True)
 
 
 def test_gpu_counts_share_the_batch_and_what_nothing_helps_is_none():
-    alone = replace(SETUP, global_batch=12, micro_batch=1)
-    found = told(card(peak(global_batch=12, micro_batch=1, ranks=12)), alone)
-    assert found is not None and found[-1] in ("2 GPUs", "3 GPUs", "4 GPUs", "6 GPUs", "12 GPUs")
+    alone = replace(SMALL, global_batch=12)
+    found = [change.told for changes in [list(_families(alone))[-1]] for change in changes]
+    assert found == ["2 GPUs", "3 GPUs", "4 GPUs", "6 GPUs", "12 GPUs"]
     assert told(card(0)) is None
 
 
 def test_changes_lead_to_the_plan_that_comes_with_them():
-    found = smallest_changes(SETUP, SOURCES, card(peak(checkpointing="blocks")))
+    gpu = card(peak(checkpointing="selective"))
+    found = smallest_changes(SETUP, SOURCES, gpu)
     assert found is not None
-    assert found[1] == plan(replace(SETUP, checkpointing="blocks"), SOURCES, card(peak(checkpointing="blocks")))
+    assert found[1] == plan(replace(SETUP, checkpointing="selective"), SOURCES, gpu)
     assert found[1].fits
 
 
@@ -95,7 +113,7 @@ def test_largest_micro_batch_at_the_ends():
 
 def test_a_whole_step_at_once_may_fit_where_half_of_it_does_not():
     """Nothing accumulates then."""
-    light = replace(SOURCES, training=lambda mode, clips: TrainingTrace(0, 0, arrivals(clips), 0))
+    light = replace(SOURCES, training=lambda mode, clips: TrainingTrace(0, 10**9, arrivals(clips), 0))
     gpu = card(plan(replace(SETUP, micro_batch=16), light, card(0)).peak.total)
     assert not plan(replace(SETUP, micro_batch=8), light, gpu).fits
     assert largest_micro_batch(SETUP, light, gpu) == 16

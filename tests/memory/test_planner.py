@@ -12,7 +12,7 @@ import pytest
 
 from rdtf_ds.memory.activations import GradientArrival, TrainingTrace
 from rdtf_ds.memory.gpus import GPU, context_bytes
-from rdtf_ds.memory.planner import GUIDANCE_PASSES, Group, Setup, Sources, plan
+from rdtf_ds.memory.planner import AUTOENCODER, GUIDANCE_PASSES, Group, Setup, Sources, plan
 from rdtf_ds.training.engine import _free_port
 from tests.memory.zero_steps import predicted_and_measured
 
@@ -24,7 +24,7 @@ TRACE = TrainingTrace(
     backward_tail=100,
 )
 SETUP = Setup(
-    ranks=1, global_batch=4, micro_batch=4, compute_bytes=2, group_size=0, ema=False, checkpointing="none", autoencoder_slice=2, frames=8,
+    ranks=1, global_batch=4, micro_batch=4, compute_bytes=2, group_size=0, ema="off", checkpointing="none", autoencoder_slice=2, frames=8,
     reduce_bucket=1300, overlap_comm=False, validates=True,
 )  # fmt: skip
 SOURCES = Sources(
@@ -33,7 +33,7 @@ SOURCES = Sources(
     sampling=lambda clips: 10 * clips,
     encode=lambda frames: 1000 * frames,
     decode=lambda frames: 3000 * frames,
-    encoder_bytes=5000,
+    encoders={AUTOENCODER: 2000, "t5": 3000},
 )
 
 
@@ -42,13 +42,14 @@ def phases(setup=SETUP, sources=SOURCES, gpu=None):
 
 
 def test_what_stays_through_a_run_by_hand():
-    found = phases(replace(SETUP, ema=True))
+    found = phases(replace(SETUP, ema="gpu"))
     assert list(found) == ["initialise", "forward", "backward", "step", "save", "validation", "resume"]
     moments = 2 * (2560 + 4 * 10) + 8 * 256  # a float for each block of 256
     for name in ("forward", "backward", "step", "save", "validation"):
         assert found[name]["weights"] == 2 * 2816 and found[name]["masters"] == found[name]["EMA"] == 4 * 2816
         assert found[name]["moments"] == moments and found[name]["encoders"] == 5000
-    assert found["resume"]["moments"] == 2 * moments
+    assert found["resume"]["moments"] == moments, "those of a checkpoint become the live ones"
+    assert found["resume"]["fp32 working copies"] == 4 * 2560
     assert "moments" not in found["initialise"]
     assert found["initialise"]["gradients"] == 4 * 2816, "DeepSpeed makes an fp32 gradient of every group at once"
 
@@ -63,7 +64,7 @@ def test_every_phase_at_its_worst_moment_by_hand():
     backward = {key: found["backward"][key] for key in ("activations", "buckets", "gradients")}
     assert backward == {"activations": 2300, "buckets": 2600, "gradients": 2 * 2816}
     assert found["step"]["gradients"] == 2 * 2816
-    assert found["step"]["fp32 working copies"] == 6 * 2560
+    assert found["step"]["fp32 working copies"] == 4 * 2560, "beside the group's own gradients, which are let go after it"
     assert found["save"]["fp32 working copies"] == 5 * 2560 and "gradients" not in found["save"]
     assert found["validation"]["activations"] == 6000
     sampled = phases(sources=replace(SOURCES, decode=lambda frames: 0))
@@ -71,16 +72,18 @@ def test_every_phase_at_its_worst_moment_by_hand():
     assert "validation" not in phases(replace(SETUP, validates=False))
 
 
-def test_accumulated_gradients_wait_beside_the_new_ones():
+def test_gradients_of_all_micro_batches_are_summed_in_one_buffer():
     found = phases(replace(SETUP, micro_batch=1))
-    assert found["forward"]["gradients"] == 2 * 2816
-    assert found["backward"]["gradients"] == 2 * 2 * 2816
-    assert found["step"]["gradients"] == 2 * 2816
+    assert found["forward"]["gradients"] == found["backward"]["gradients"] == found["step"]["gradients"] == 2 * 2816
+    wide = phases(replace(SETUP, micro_batch=1, grad_bytes=4))
+    assert wide["forward"]["gradients"] == wide["step"]["gradients"] == 4 * 2816
+    assert wide["backward"]["buckets"] == 2600 + 2 * 1200, "a sum wider than the bucket is added from a copy of the bucket"
+    assert wide["step"]["fp32 working copies"] == 8 * 1000, "what is fp32 already is not copied, but for its norm"
 
 
 def test_fp32_needs_no_copy_of_what_is_fp32():
     found = phases(replace(SETUP, compute_bytes=4))
-    assert found["step"]["fp32 working copies"] == max(4 * 2560, 8 * 1000)
+    assert found["step"]["fp32 working copies"] == 8 * 1000, "those of the norm alone"
     assert found["step"]["weights"] == found["step"]["gradients"] == 4 * 2816
 
 
@@ -88,11 +91,52 @@ def test_two_ranks_share_all_but_weights_and_encoders():
     one, two = phases(), phases(replace(SETUP, ranks=2))
     assert two["step"]["weights"] == one["step"]["weights"] and two["step"]["encoders"] == one["step"]["encoders"]
     assert 2 * two["step"]["masters"] == one["step"]["masters"] and 2 * two["step"]["moments"] == one["step"]["moments"]
-    # The border at 1280 cuts the second parameter: both ranks hold all of its gradient. Of the second group the first has all 200.
-    assert GROUPS[0].held_by(0, 2) == 2000 and GROUPS[0].held_by(1, 2) == 1560
-    assert GROUPS[1].held_by(0, 2) == 200 and GROUPS[1].held_by(1, 2) == 256
-    assert two["step"]["gradients"] == 2 * 2200
-    assert two["backward"]["buckets"] == 2600 + 2 * 1200, "a bucket is joined from pieces before it is sent"
+    assert 2 * two["step"]["gradients"] == one["step"]["gradients"], "each rank sums its own part, wherever a border cuts a parameter"
+    late = replace(SOURCES, training=lambda mode, clips: replace(TRACE, backward_tail=9000))
+    joined = phases(replace(SETUP, ranks=2), late)["backward"]
+    assert joined["buckets"] == 2600 + 2 * 1000, "a bucket is joined from pieces before it is sent"
+
+
+def test_offload_leaves_weights_and_one_parameters_gradient_on_the_gpu():
+    setup = replace(SETUP, offload_optimizer=True, ema="cpu", micro_batch=1)
+    found, made = phases(setup), plan(setup, SOURCES)
+    assert found["step"] == {"weights": 2 * 2816, "encoders": 5000, "gradients": 2 * 1000}
+    assert found["backward"]["gradients"] == 2 * 1000 and "masters" not in found["backward"]
+    assert made.host["masters"] == 4 * 2816 and made.host["moments"] == 8 * 2816 and made.host["weights"] == 2 * 2816
+    assert made.host["gradients"] == (4 + 2) * 2816 + 2 * 1000 and made.host["EMA"] == 4 * 2816
+    assert plan(replace(setup, micro_batch=4), SOURCES).host["gradients"] == 4 * 2816 + 2 * 1000, "nothing is summed over one"
+    passes = {name: seconds for name, seconds in made.seconds.items()}
+    assert passes.keys() == {"zero_optimization.offload_optimizer", "rdtf.ema.device"}
+    # Four micro-batches go down and three come back up, then fp32 down and weights up; 42 bytes touched.
+    assert passes["zero_optimization.offload_optimizer"] == pytest.approx((2 * 7 + 4 + 2) * 2816 / 12e9 + 42 * 2816 / 20e9)
+    assert passes["rdtf.ema.device"] == pytest.approx(12 * 2816 / 20e9), "masters are there already"
+
+
+def test_a_mean_on_the_cpu_is_not_on_the_gpu():
+    made = plan(replace(SETUP, ema="cpu"), SOURCES)
+    assert all("EMA" not in phase.bytes for phase in made.phases)
+    assert made.host == {"EMA": 4 * 2816 + 4 * 2560}, "and a buffer for the largest group"
+    assert made.seconds == {"rdtf.ema.device": pytest.approx(4 * 2816 / 12e9 + 12 * 2816 / 20e9)}
+
+
+def test_encoders_visit_one_at_a_time_or_not_at_all():
+    visiting, cached = phases(replace(SETUP, encoders="cpu")), phases(replace(SETUP, encoders="cached"))
+    assert visiting["forward"]["encoders"] + visiting["forward"]["activations"] == 2000 + 2000, "the autoencoder and its frames"
+    large = replace(SOURCES, encoders={AUTOENCODER: 2000, "t5": 9000})
+    assert phases(replace(SETUP, encoders="cpu"), large)["forward"]["encoders"] == 9000, "never both"
+    assert "encoders" not in cached["forward"] and cached["forward"]["activations"] == 900
+    for found in (visiting, cached):
+        assert "encoders" not in found["backward"] and "encoders" not in found["step"]
+        assert found["validation"]["encoders"] == 2000 and found["validation"]["activations"] == 6000
+    assert plan(replace(SETUP, encoders="cpu"), SOURCES).host["encoders"] == 5000
+    assert plan(replace(SETUP, encoders="cpu", micro_batch=1), SOURCES).seconds == {"rdtf.memory.encoders": 4 * 5000 / 12e9}
+
+
+def test_activations_that_wait_on_the_cpu_are_the_hosts():
+    sources = replace(SOURCES, training=lambda mode, clips: replace(TRACE, host=600 if mode == "blocks_cpu_offload" else 0))
+    made = plan(replace(SETUP, checkpointing="blocks_cpu_offload", micro_batch=2), sources)
+    assert made.host == {"activations": 600}
+    assert made.seconds == {"rdtf.memory.activation_checkpointing": 2 * 2 * 600 / 12e9}, "there and back, twice a step"
 
 
 def test_gradients_larger_than_a_bucket_stay_where_they_are():

@@ -26,11 +26,11 @@ def predicted_and_measured(precision: str, accumulation: int, bucket: int) -> di
     groups = tuple(Group(tuple(p.numel() for _, p in group.parameters), group.padding, group.bits) for group in split)
     ranks = dist.get_world_size()
     setup = Setup(
-        ranks=ranks, global_batch=accumulation * ranks, micro_batch=1, compute_bytes=dtype.itemsize, group_size=GROUP_SIZE, ema=False,
+        ranks=ranks, global_batch=accumulation * ranks, micro_batch=1, compute_bytes=dtype.itemsize, group_size=GROUP_SIZE, ema="off",
         checkpointing="blocks", autoencoder_slice=1, frames=8, reduce_bucket=bucket, overlap_comm=False, validates=False,
     )  # fmt: skip
     tracer = DFGNTracer(lambda: build("small"), CLIP_SHAPES["small"], dtype)
-    nothing = {"sampling": lambda clips: 0, "encode": lambda frames: 0, "decode": lambda frames: 0, "encoder_bytes": 0}
+    nothing = {"sampling": lambda clips: 0, "encode": lambda frames: 0, "decode": lambda frames: 0, "encoders": {}}
     predicted = {phase.name: phase.total for phase in plan(setup, Sources(lambda size: groups, tracer.training, **nothing)).phases}
     config = {
         "train_batch_size": setup.global_batch,
