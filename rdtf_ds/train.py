@@ -33,39 +33,28 @@ import torch  # noqa: E402
 from rdtf_ds.data.dataset import Batch  # noqa: E402
 from rdtf_ds.exit_codes import DONE  # noqa: E402
 from rdtf_ds.experiment import Experiment, load_experiment  # noqa: E402
+from rdtf_ds.memory.report import Report, tensors_by_phase  # noqa: E402
 from rdtf_ds.models.attention import resolve_backend  # noqa: E402
 from rdtf_ds.training.assembly import Run, build_pipeline, build_run, prepare_folder, validation_requests, write_config  # noqa: E402
 from rdtf_ds.training.checkpoint import Resumed, Saved, SaveFailed  # noqa: E402
 from rdtf_ds.training.collectives import any_rank, gather_objects, on_rank_zero  # noqa: E402
+from rdtf_ds.training.command_line import parse_arguments  # noqa: E402
 from rdtf_ds.training.dry_run import describe  # noqa: E402
 from rdtf_ds.training.engine import start_distributed, stop_distributed  # noqa: E402
 from rdtf_ds.training.failures import exit_code_of  # noqa: E402
 from rdtf_ds.training.incidents import NumbersWentBad  # noqa: E402
 from rdtf_ds.training.interruptions import Interruptions, ignore_stops  # noqa: E402
+from rdtf_ds.training.memory_check import check_memory, keep_plan  # noqa: E402
+from rdtf_ds.training.memory_watch import MemoryWatch, StepWatch  # noqa: E402
 from rdtf_ds.training.recovery import name_what_went_bad, send_back  # noqa: E402
 from rdtf_ds.training.run_lock import RunLock  # noqa: E402
 from rdtf_ds.training.run_state import describe_save, resume, save  # noqa: E402
 from rdtf_ds.training.supervisor import heartbeat, leave  # noqa: E402
-from rdtf_ds.training.telemetry import RunLog, StepRecord, Stopwatch  # noqa: E402
+from rdtf_ds.training.telemetry import RunLog, StepRecord  # noqa: E402
 from rdtf_ds.training.validation import Validation  # noqa: E402
 
 
-def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    """The command line; options beat the file's keys."""
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--deepspeed_config", required=True, metavar="JSON", help="one experiment, such as ds_configs/v100.json")
-    parser.add_argument("--data_dir", metavar="DIR", help="folder of clips (rdtf.data.data_dir)")
-    parser.add_argument("--output_dir", metavar="DIR", help="run folder (rdtf.output_dir)")
-    parser.add_argument("--max_steps", type=int, metavar="N", help="attempted steps of the whole run (rdtf.max_steps)")
-    parser.add_argument("--seed", type=int, metavar="N", help="seed of everything random (rdtf.seed)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key, dotted; repeat for more")
-    parser.add_argument("--dry_run", action="store_true", help="print the resolved plan of the run and stop")
-    parser.add_argument("--traceback", action="store_true", help="show tracebacks of errors")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
-    return parser.parse_args(arguments)
-
-
-def train_step(run: Run, step: int, batches: list[Batch], watch: Stopwatch) -> StepRecord:
+def train_step(run: Run, step: int, batches: list[Batch], watch: StepWatch) -> StepRecord:
     """One attempted optimizer step (Algorithm 1): learn from the planned batch, then let its loss move the curriculum."""
     plan, snapshot = run.queue.plan(step), run.curriculum.snapshot(run.queue.state)
     watch.lap("data")
@@ -88,10 +77,10 @@ def train_step(run: Run, step: int, batches: list[Batch], watch: Stopwatch) -> S
     # A skipped step is attempted, not applied: plans move on, schedule and PID do not.
     signal = outcome.loss if outcome.applied else None
     run.queue.push(run.curriculum.observe(run.queue.state, signal, outcome.sample_losses, outcome.timesteps))
-    return StepRecord(plan, outcome, snapshot, watch.read())
+    return StepRecord(plan, outcome, snapshot, *watch.read())
 
 
-def train(run: Run, log: RunLog, first_step: int, interruptions: Interruptions) -> int:
+def train(run: Run, log: RunLog, first_step: int, interruptions: Interruptions, memory: MemoryWatch) -> int:
     """All steps from ``first_step`` on, with checkpoints and validation between them, until the last or until asked to stop.
 
     Returns:
@@ -113,10 +102,11 @@ def train(run: Run, log: RunLog, first_step: int, interruptions: Interruptions) 
     steps = run.loader.steps(first_step, rdtf.max_steps)
     with closing(steps):  # type: ignore[type-var]  # a generator; closed, it ends its workers
         heartbeat().beat("step")
-        watch = Stopwatch()
+        watch = StepWatch(memory)
         for step, batches in steps:
             record = train_step(run, step, batches, watch)
             log.step(record)
+            memory.report(log, step + 1)
             if record.outcome.bad:
                 name_what_went_bad(run, log, batches, record)
             run.bad_steps.observe(record.plan, record.outcome)
@@ -129,13 +119,15 @@ def train(run: Run, log: RunLog, first_step: int, interruptions: Interruptions) 
                 run.merge_problems(problems)
             if validate is not None and not to_stop and (done % rdtf.validation.interval == 0 or last):
                 heartbeat().beat("validation")
-                validate(run.engine, run.ema, run.folder, log, done, interruptions.noticed)
+                with memory.phase("validation"):
+                    validate(run.engine, run.ema, run.folder, log, done, interruptions.noticed)
                 to_save, to_stop = asked()
             # Amid bad steps there is nothing worth keeping, and it would become what the run goes back to.
             due = done % rdtf.checkpoint.interval == 0 and not run.bad_steps.count
             if due or to_save or to_stop or last:
                 heartbeat().beat("save")
-                saved = save(run, log)
+                with memory.phase("save"):
+                    saved = save(run, log)
                 if (to_stop or last) and isinstance(saved, SaveFailed):
                     raise saved
                 interruptions.done_saving()
@@ -143,7 +135,7 @@ def train(run: Run, log: RunLog, first_step: int, interruptions: Interruptions) 
             if to_stop and not last:
                 return stopped(run, log, interruptions)
             heartbeat().beat("step")
-            watch = Stopwatch()
+            watch = StepWatch(memory)
     return DONE
 
 
@@ -189,16 +181,20 @@ def main(options: argparse.Namespace, experiment: Experiment) -> int:
         on_rank_zero(lambda: prepare_folder(folder))
         with RunLock(folder, on_rank_zero=on_rank_zero):
             heartbeat().claim()
-            run = build_run(experiment, rank, world_size, device)
+            plan = check_memory(experiment, world_size, device, options.ignore_memory_plan)
+            memory = MemoryWatch.on(device, rank, tensors_by_phase(plan))
+            with memory.phase("initialise"):
+                run = build_run(experiment, rank, world_size, device)
             resumed = resume(run)
+            memory.lap("resume" if resumed is not None else "")
             with Interruptions(folder) as interruptions:  # before there is a state of its own, a signal may just end it
-                return rounds(run, resumed, interruptions)
+                return rounds(run, resumed, interruptions, plan, memory)
     finally:
         ignore_stops()
         stop_distributed()
 
 
-def rounds(run: Run, resumed: Resumed | None, interruptions: Interruptions) -> int:
+def rounds(run: Run, resumed: Resumed | None, interruptions: Interruptions, plan: Report, memory: MemoryWatch) -> int:
     """Train; once numbers went bad, again from the last checkpoint, without the samples they went bad with."""
     rdtf = run.experiment.rdtf
     while True:
@@ -206,14 +202,16 @@ def rounds(run: Run, resumed: Resumed | None, interruptions: Interruptions) -> i
         first_step = 0 if resumed is None else resumed.step
         with RunLog(run.folder, run.engine.rank, first_step, rdtf.max_steps, run.experiment.resolved()) as log:
             announce(log, run, resumed)
+            keep_plan(plan, run.folder, log, first_step)
             try:
                 if resumed is None and isinstance(failed := save(run, log), SaveFailed):
                     raise failed  # better now than at the first checkpoint
-                code = train(run, log, first_step, interruptions) if first_step < rdtf.max_steps else DONE
+                code = train(run, log, first_step, interruptions, memory) if first_step < rdtf.max_steps else DONE
             except NumbersWentBad as bad:
                 log.alarm(send_back(run, bad))
                 heartbeat().beat("resume")
-                resumed = resume(run, gone_bad=bad)
+                with memory.phase("resume"):
+                    resumed = resume(run, gone_bad=bad)
                 continue
             if run.engine.attempted_steps >= rdtf.max_steps:
                 more = f"--max_steps above {rdtf.max_steps} goes on from here"
@@ -223,7 +221,7 @@ def rounds(run: Run, resumed: Resumed | None, interruptions: Interruptions) -> i
 
 def run_command(arguments: list[str]) -> int:
     """The command with its exit code; see `exit_code_of`."""
-    options = parse_arguments(arguments)
+    options = parse_arguments(arguments, __doc__)
     folder: list[Path] = []
 
     def command() -> int:

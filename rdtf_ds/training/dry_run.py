@@ -13,6 +13,8 @@ from diffusers import AutoencoderKL
 from transformers import CLIPTextConfig, T5Config
 
 from rdtf_ds.config import RDTFSection
+from rdtf_ds.data.cache_header import HEADER, CacheError
+from rdtf_ds.data.feature_cache import FeatureCache
 from rdtf_ds.data.index import build_index
 from rdtf_ds.data.quarantine import Problem, Quarantine, TooManyBadFiles
 from rdtf_ds.data.step_plan import PlanQueue, StepPlan
@@ -24,6 +26,8 @@ from rdtf_ds.models.missing import EncoderNotFound, load_part
 from rdtf_ds.models.text_conditioning import CLIP, T5
 from rdtf_ds.models.tiny_encoders import tiny_width
 from rdtf_ds.training.assembly import build_curriculum, build_model, build_planner, decode_limits, split_model
+from rdtf_ds.training.caching import fitting_cache
+from rdtf_ds.training.memory_check import foretell
 from rdtf_ds.training.optimizer import warmed_up
 
 TABLE_6_WIDTHS = (4, 1024, 1024)
@@ -35,8 +39,8 @@ def describe(experiment: Experiment, world_size: int, device: torch.device) -> s
     """The plan as lines of text, empty on ranks other than 0.
 
     Lines "NOT READY: ..." tell what would stop the run before its first step: a device that cannot train in this precision, encoders
-    that are not there, too many broken clips, an output folder that cannot be written. Of encoders only the configs are read; whether
-    weights load, the ranks meet and a checkpoint in the output folder can be resumed shows at the start.
+    that are not there, less memory than predicted, too many broken clips, an output folder that cannot be written. Of encoders only the
+    configs are read; whether weights load, the ranks meet and a checkpoint in the output folder can be resumed shows at the start.
 
     Raises:
         UserError: Without this there is nothing to plan: a batch that cannot be split, no clips, an impossible source or model.
@@ -48,9 +52,12 @@ def _lines(experiment: Experiment, world_size: int, device: torch.device) -> Ite
     rdtf = experiment.rdtf
     accumulation = experiment.accumulation(world_size)
     yield f"device          {device.type}, {world_size} rank(s), {experiment.precision}, ZeRO-2"
-    yield from _device_faults(experiment, world_size, device)
+    faults = list(_device_faults(experiment, world_size, device))
+    yield from faults
     yield f"batch           {experiment.global_batch} = {world_size} rank(s) x {experiment.micro_batch} at once x {accumulation} in turn"
     yield from _model_lines(experiment)
+    yield from _cache_faults(experiment)
+    yield from _memory_lines(experiment, world_size, device, suits=not faults)
     settings = rdtf.optimizer
     rates = ", ".join(
         f"{warmed_up(settings.learning_rate, settings.warmup_steps, step):.3g} at {step}" for step in sorted({0, settings.warmup_steps})
@@ -60,9 +67,9 @@ def _lines(experiment: Experiment, world_size: int, device: torch.device) -> Ite
     for step in (0, rdtf.max_steps // 2, rdtf.max_steps):
         probability = curriculum.schedule.probability(step)
         yield f"schedule        step {step}: " + ", ".join(f"{task.value} {p:.3f}" for task, p in probability.items())
-    clip_ids, frame_counts, told, faults = _clips(experiment)
+    clip_ids, frame_counts, told, broken = _clips(experiment)
     yield f"data            {told}"
-    yield from faults
+    yield from broken
     steps_per_epoch = len(clip_ids) / experiment.global_batch
     yield f"epochs          {rdtf.max_steps / steps_per_epoch:.1f} of {steps_per_epoch:.1f} steps"
     queue = PlanQueue(build_planner(experiment, curriculum, clip_ids, frame_counts), rdtf.curriculum.delay)
@@ -76,7 +83,7 @@ def _lines(experiment: Experiment, world_size: int, device: torch.device) -> Ite
 def _model_lines(experiment: Experiment) -> Iterator[str]:
     try:
         widths = _widths(experiment.rdtf)
-    except EncoderNotFound as error:
+    except (EncoderNotFound, CacheError) as error:
         widths = TABLE_6_WIDTHS
         yield f"{NOT_READY}{error} The lines below assume latent channels and text widths {widths}."
     with torch.device("meta"):
@@ -90,8 +97,21 @@ def _model_lines(experiment: Experiment) -> Iterator[str]:
     yield f"parameters      {count:,} ({moments}) in {len(groups)} groups, {padding:,} elements of padding"
 
 
+def _memory_lines(experiment: Experiment, world_size: int, device: torch.device, suits: bool) -> Iterator[str]:
+    if not suits:
+        yield "memory          not planned for a device that cannot train this; tools/plan_memory.py plans for cards that are not here"
+        return
+    lines, refused = foretell(experiment, world_size, device)
+    yield from (f"memory          {line}" for line in lines if line)
+    if refused is not None:
+        yield f"{NOT_READY}{refused}"
+
+
 def _widths(rdtf: RDTFSection) -> tuple[int, int, int]:
-    """Latent channels, CLIP and T5 widths, as the encoders' configs tell them."""
+    """Latent channels, CLIP and T5 widths, as the encoders' configs tell them, or the cache that takes their place."""
+    if rdtf.memory.encoders == "cached":
+        header = FeatureCache(rdtf.memory.cache_dir or "").header
+        return header.latent_channels, header.clip_dim, header.t5_dim
     sources = rdtf.encoders
     if sources.autoencoder == "tiny" or sources.autoencoder.startswith("haar:"):
         channels = load_autoencoder(sources.autoencoder).channels
@@ -105,6 +125,16 @@ def _widths(rdtf: RDTFSection) -> tuple[int, int, int]:
 def _latent_channels(source: str, subfolder: str | None = None) -> int:
     config = AutoencoderKL.load_config(source, subfolder=subfolder)
     return int(config["latent_channels"] if config["_class_name"] == "AutoencoderKL" else 3 * config["factor"] ** 2)
+
+
+def _cache_faults(experiment: Experiment) -> Iterator[str]:
+    """What keeps the run from its cache, but for clips that may lack; no line where there is no cache, which is told already."""
+    memory = experiment.rdtf.memory
+    if memory.encoders == "cached" and (Path(memory.cache_dir or "") / HEADER).is_file():
+        try:
+            fitting_cache(experiment)
+        except UserError as error:
+            yield f"{NOT_READY}{error}"
 
 
 def _device_faults(experiment: Experiment, world_size: int, device: torch.device) -> Iterator[str]:

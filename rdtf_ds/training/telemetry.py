@@ -14,10 +14,10 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from tqdm import tqdm
@@ -41,12 +41,14 @@ class StepRecord:
         plan: Its samples, in global batch order, as `StepOutcome.sample_losses`.
         snapshot: The curriculum as it stood before the step; the plan itself was drawn from it a few steps earlier.
         times: Seconds of this rank by phase: data, encode, forward, backward, step.
+        memory: Bytes at most so far, from `MemoryWatch.read`; None: of the process as a whole.
     """
 
     plan: StepPlan
     outcome: StepOutcome
     snapshot: CurriculumSnapshot
     times: Mapping[str, float]
+    memory: Mapping[str, Any] | None = None
 
     def metrics(self) -> dict[str, Any]:
         """The line of ``metrics.jsonl``; floats keep every digit."""
@@ -73,7 +75,7 @@ class StepRecord:
             "skipped": not outcome.applied,
             "times": dict(self.times),
             "samples_per_second": len(samples) / seconds if seconds > 0 else None,
-            "memory": memory_bytes(),
+            "memory": memory_bytes() if self.memory is None else dict(self.memory),
         }
 
 
@@ -97,7 +99,8 @@ def scalars(metrics: Mapping[str, Any], skipped_steps: int) -> dict[str, float]:
     values |= {f"curriculum/{key}": metrics[key] for key in ("static_level", "target_level")}
     values |= {f"optimizer/{key}": metrics[key] for key in ("grad_norm", "learning_rate", "loss_scale")}
     values |= {f"seconds/{phase}": value for phase, value in metrics["times"].items()}
-    values |= {f"memory_gb/{kind}": value / 2**30 for kind, value in metrics["memory"].items()}
+    # Those by phase are logged by `MemoryWatch`, when they grow.
+    values |= {f"memory_gb/{kind}": value / 1e9 for kind, value in metrics["memory"].items() if not isinstance(value, Mapping)}
     values["speed/samples_per_second"] = metrics["samples_per_second"]
     return {tag: float(value) for tag, value in values.items() if value is not None}
 
@@ -111,23 +114,64 @@ def memory_bytes() -> dict[str, int]:
     return memory
 
 
-class Stopwatch:
-    """Seconds by phase, each from one `lap` to the next; waits for the GPU, or a phase would end before its work."""
+class Mark(Protocol):
+    """A point of time on a device, as `torch.cuda.Event` is one."""
 
-    def __init__(self) -> None:
-        self._seconds: dict[str, float] = defaultdict(float)
-        self._last = time.perf_counter()
+    def record(self) -> object: ...
+    def synchronize(self) -> object: ...
+    def elapsed_time(self, end_event: Any) -> float:
+        """Milliseconds from here to another."""
+
+
+class HostMark:
+    """A point of time of this process: without a GPU, work is done when its call returns."""
+
+    def record(self) -> None:
+        self._seconds = time.perf_counter()
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def elapsed_time(self, end_event: HostMark) -> float:
+        return 1e3 * (end_event._seconds - self._seconds)
+
+
+def new_mark() -> Mark:
+    """Of the GPU's stream if there is one, else of this process."""
+    return torch.cuda.Event(enable_timing=True) if torch.cuda.is_available() else HostMark()
+
+
+class Stopwatch:
+    """Seconds by phase, each from one `lap` to the next, as the device lives through them.
+
+    A lap leaves a mark in the GPU's stream and does not wait for it: the host stays ahead with its launches. Where the GPU waits for the
+    host, as for data, its clock goes on, so the phases add up to the step.
+    """
+
+    def __init__(self, new_mark: Callable[[], Mark] = new_mark) -> None:
+        self._new_mark = new_mark
+        self._laps: list[tuple[str, Mark]] = []
+        self._start = self._marked()
 
     def lap(self, phase: str) -> None:
         """Count the time since the last lap as ``phase``."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self._seconds[phase] += now - self._last
-        self._last = now
+        self._laps.append((phase, self._marked()))
 
     def read(self) -> dict[str, float]:
-        return dict(self._seconds)
+        """Seconds of every phase so far; waits for the last mark, so read it after the step, whose loss was waited for anyway."""
+        seconds: dict[str, float] = defaultdict(float)
+        if self._laps:
+            self._laps[-1][1].synchronize()
+        before = self._start
+        for phase, mark in self._laps:
+            seconds[phase] += before.elapsed_time(mark) / 1e3
+            before = mark
+        return dict(seconds)
+
+    def _marked(self) -> Mark:
+        mark = self._new_mark()
+        mark.record()
+        return mark
 
 
 class RunLog:
@@ -192,11 +236,19 @@ class RunLog:
             done: Attempted steps behind it; it is shown at the last of them, or a resume from here would purge it.
             frames_shape: (height, width) of the picture.
         """
-        if self._quiet:
-            return
-        height, width = frames_shape
-        # SummaryWriter.add_video needs moviepy and re-encodes; the file format itself just holds the bytes.
-        self._board.picture(tag, path.read_bytes(), height, width, done - 1)
+        if not self._quiet:
+            # SummaryWriter.add_video needs moviepy and re-encodes; the file format itself just holds the bytes.
+            self.picture(tag, path.read_bytes(), *frames_shape, done)
+
+    def picture(self, tag: str, data: bytes, height: int, width: int, done: int) -> None:
+        """Show an image file's bytes in TensorBoard, at the last of ``done`` attempted steps."""
+        if not self._quiet:
+            self._board.picture(tag, data, height, width, max(done - 1, 0))
+
+    def text(self, tag: str, markdown: str, done: int) -> None:
+        """Show a text in TensorBoard, at the last of ``done`` attempted steps."""
+        if not self._quiet:
+            self._board.text(tag, markdown, max(done - 1, 0))
 
     def say(self, text: str) -> None:
         """A line for the person watching, above the progress bar."""

@@ -261,6 +261,7 @@ def _import_everything() -> None:
     import bitsandbytes  # noqa: F401
     import deepspeed  # noqa: F401
     import faiss  # noqa: F401
+    import matplotlib.backends.backend_agg  # noqa: F401
     import pyarrow.parquet  # noqa: F401
 
     import rdtf_ds.train  # noqa: F401

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import time
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -138,6 +140,44 @@ def test_a_stopwatch_adds_up_phases():
         watch.lap(phase)
     assert list(watch.read()) == ["data", "forward"] and all(value >= 0 for value in watch.read().values())
     assert sum(watch.read().values()) == pytest.approx(0, abs=1.0)
+
+
+class StreamMark:
+    """A mark that, as a CUDA event, has no time before the device came to it; the device takes 1, 10, 100 ... ms between marks."""
+
+    made: ClassVar[list[StreamMark]] = []
+    waited: ClassVar[list[StreamMark]] = []
+
+    def record(self):
+        self.place = len(self.made)
+        self.made.append(self)
+
+    def synchronize(self):
+        self.waited.append(self)
+
+    def elapsed_time(self, end):
+        assert self.waited and self.waited[-1].place >= end.place, "asked before the device came there"
+        return sum(10.0**i for i in range(self.place, end.place))
+
+
+def test_a_stopwatch_waits_for_the_device_once_when_it_is_read():
+    StreamMark.made.clear(), StreamMark.waited.clear()
+    watch = Stopwatch(StreamMark)
+    for phase in ("encode", "forward", "encode"):
+        watch.lap(phase)
+    assert not StreamMark.waited, "a lap does not wait"
+    assert watch.read() == pytest.approx({"encode": 0.101, "forward": 0.010})
+    assert len(StreamMark.waited) == 1
+    assert Stopwatch(StreamMark).read() == {}
+
+
+def test_without_a_gpu_the_host_is_the_clock():
+    watch = Stopwatch()
+    time.sleep(0.02)
+    watch.lap("data")
+    watch.lap("step")
+    seconds = watch.read()
+    assert 0.02 <= seconds["data"] < 1.0 and 0 <= seconds["step"] < seconds["data"]
 
 
 def test_a_full_disk_costs_no_line(tmp_path):
