@@ -185,9 +185,37 @@ _DATA = (
     Mutant(
         name="padded frames count as real",
         file="rdtf_ds/data/dataset.py",
-        old="loss_mask(len(sample.frames), longest)",
+        old="loss_mask(length, longest)",
         new="loss_mask(longest, longest)",
         tests=("tests/data/test_dataset.py",),
+    ),
+    Mutant(
+        name="a cached sample takes the first frames",
+        file="rdtf_ds/data/dataset.py",
+        old="clip.take(chosen.tolist(), text)",
+        new="clip.take(range(plan.k), text)",
+        tests=("tests/data/test_dataset.py",),
+    ),
+    Mutant(
+        name="checksums of a cache are not compared",
+        file="rdtf_ds/data/feature_cache.py",
+        old="if _checksum(row) != self._sums[name][number]:",
+        new="if not self._sums[name][number]:",
+        tests=("tests/data/test_feature_cache.py",),
+    ),
+    Mutant(
+        name="another text stands for one that is cached",
+        file="rdtf_ds/data/feature_cache.py",
+        old="return texts.index(wanted)",
+        new="return 0",
+        tests=("tests/data/test_feature_cache.py",),
+    ),
+    Mutant(
+        name="a cache made with replaced weights fits",
+        file="rdtf_ds/data/cache_header.py",
+        old='by = "weights" if cached["weights"] and own["weights"] else "source"',
+        new='by = "source"',
+        tests=("tests/data/test_cache_header.py",),
     ),
     Mutant(
         name="a drop takes the only condition",
@@ -269,15 +297,57 @@ _MODELS = (
         new='tokens = self._tokens(self.t5_tokenizer, caption.replace("#", ""))',
         tests=("tests/models/test_text_conditioning.py",),
     ),
+    Mutant(
+        name="frames of different clips look at each other's text",
+        file="rdtf_ds/models/spatial.py",
+        old='rearrange(layer.to_q(hidden_states), "(b f) n (g d)',
+        new='rearrange(layer.to_q(hidden_states), "(f b) n (g d)',
+        tests=("tests/models/test_spatial.py",),
+    ),
+    Mutant(
+        name="selective checkpointing keeps what is cheap",
+        file="rdtf_ds/models/recompute.py",
+        old="multiply_adds_per_element(operation, args) >= keep_from",
+        new="multiply_adds_per_element(operation, args) < keep_from",
+        tests=("tests/models/test_recompute.py",),
+    ),
+    Mutant(
+        name="a phase is counted from the start of the step",
+        file="rdtf_ds/training/telemetry.py",
+        old="            before = mark\n",
+        new="",
+        tests=("tests/training/test_telemetry.py",),
+    ),
+    Mutant(
+        name="a lower bar is read as an upper one",
+        file="rdtf_ds/benchmarks/report.py",
+        old="self.ratio >= self.bar if self.at_least",
+        new="self.ratio <= self.bar if self.at_least",
+        tests=("tests/benchmarks/test_report.py",),
+    ),
 )
 
 _TRAINING = (
     Mutant(
         name="every frame is shown to the network",
         file="rdtf_ds/training/objective.py",
-        old="self._visible(frames, latents, batch.condition_mask.to(self.device))",
-        new="self._visible(frames, latents, batch.frame_mask.to(self.device))",
+        old="self._visible(pixels, latents, batch.condition_mask.to(self.device))",
+        new="self._visible(pixels, latents, batch.frame_mask.to(self.device))",
         tests=("tests/training/test_objective.py",),
+    ),
+    Mutant(
+        name="damaged clips of a cache are not made again",
+        file="rdtf_ds/training/cache_making.py",
+        old="if cache.flaw(key) is None:",
+        new="if cache.path(key).is_file():",
+        tests=("tests/training/test_cache_making.py",),
+    ),
+    Mutant(
+        name="a cache of another text length fits",
+        file="rdtf_ds/training/caching.py",
+        old='        "rdtf.encoders.text_length": sources.text_length,\n',
+        new="",
+        tests=("tests/training/test_cached_run.py",),
     ),
     Mutant(
         name="frame_mask does not reach the network",
@@ -438,4 +508,42 @@ _FAULTS = (
     ),
 )
 
-MUTANTS: tuple[Mutant, ...] = (*_DIFFUSION, *_CURRICULUM, *_PLANS, *_DATA, *_MODELS, *_TRAINING, *_GENERATION, *_FAULTS)
+_MEMORY = (
+    Mutant(
+        name="the last micro-batch's gradient alone counts",
+        file="rdtf_ds/training/gradient_buffer.py",
+        old="output.add_(source)",
+        new="output.copy_(source)",
+        tests=("tests/training/test_gradient_buffer.py",),
+    ),
+    Mutant(
+        name="half a step survives going back",
+        file="rdtf_ds/training/engine.py",
+        old="        forget_gradients(self._ds.optimizer)\n",
+        new="",
+        tests=("tests/training/test_gradient_buffer.py",),
+    ),
+    Mutant(
+        name="the mean on the CPU averages the buffer as it was",
+        file="rdtf_ds/training/ema.py",
+        old="return self._staging[: master.numel()].copy_(master)",
+        new="return self._staging[: master.numel()]",
+        tests=("tests/training/test_ema.py",),
+    ),
+    Mutant(
+        name="encoders stay on the device after a pass",
+        file="rdtf_ds/models/visiting.py",
+        old="            tensor.data = home\n",
+        new="            pass\n",
+        tests=("tests/models/test_visiting.py",),
+    ),
+    Mutant(
+        name="the moments change places between GPU and CPU",
+        file="rdtf_ds/checkpoints/moments.py",
+        old='_NAMES = {"state1": "exp_avg", "state2": "exp_avg_sq"}',
+        new='_NAMES = {"state2": "exp_avg", "state1": "exp_avg_sq"}',
+        tests=("tests/training/test_offload.py",),
+    ),
+)
+
+MUTANTS: tuple[Mutant, ...] = (*_DIFFUSION, *_CURRICULUM, *_PLANS, *_DATA, *_MODELS, *_TRAINING, *_GENERATION, *_FAULTS, *_MEMORY)
