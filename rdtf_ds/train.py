@@ -128,6 +128,7 @@ def train(run: Run, log: RunLog, first_step: int, interruptions: Interruptions, 
                 heartbeat().beat("save")
                 with memory.phase("save"):
                     saved = save(run, log)
+                memory.report(log, done)
                 if (to_stop or last) and isinstance(saved, SaveFailed):
                     raise saved
                 interruptions.done_saving()
@@ -182,7 +183,7 @@ def main(options: argparse.Namespace, experiment: Experiment) -> int:
         with RunLock(folder, on_rank_zero=on_rank_zero):
             heartbeat().claim()
             plan = check_memory(experiment, world_size, device, options.ignore_memory_plan)
-            memory = MemoryWatch.on(device, rank, tensors_by_phase(plan))
+            memory = MemoryWatch.on(device, rank, {} if plan is None else tensors_by_phase(plan))
             with memory.phase("initialise"):
                 run = build_run(experiment, rank, world_size, device)
             resumed = resume(run)
@@ -194,7 +195,7 @@ def main(options: argparse.Namespace, experiment: Experiment) -> int:
         stop_distributed()
 
 
-def rounds(run: Run, resumed: Resumed | None, interruptions: Interruptions, plan: Report, memory: MemoryWatch) -> int:
+def rounds(run: Run, resumed: Resumed | None, interruptions: Interruptions, plan: Report | None, memory: MemoryWatch) -> int:
     """Train; once numbers went bad, again from the last checkpoint, without the samples they went bad with."""
     rdtf = run.experiment.rdtf
     while True:

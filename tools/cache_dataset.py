@@ -71,6 +71,8 @@ def run(experiment: Experiment, out: Path, variants: int) -> tuple[ClipIndex, Fi
     """Index the clips, load the encoders, fill the cache."""
     rdtf = experiment.rdtf
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # What two processes make of one clip must be the same, as in a run: see `start_distributed`.
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     autoencoder, text = load_encoders(rdtf, encoder_dtype(experiment, device), device)
     header = make_header(experiment, autoencoder, text, variants)
     limits = decode_limits(rdtf)

@@ -39,11 +39,17 @@ def plan_on_cpu(setup: Setup, sources: Sources) -> MemoryPlan:
 
 def _moments(setup: Setup, sources: Sources) -> Iterator[tuple[str, Bytes]]:
     waits = host_bytes(setup, sources)
-    if setup.encoders != "resident":
-        waits["encoders"] = sum(sources.encoders.values()) if setup.encoders == "cpu" else 0  # they visit where they are
+    everything = sum(sources.encoders.values())
+    if setup.encoders == "cpu":
+        waits["encoders"] = everything  # they visit where they are
     elements = sum(sum(group.sizes) for group in sources.groups(setup.group_size))
     # The network as it is made, in fp32; each parameter is cast by itself.
-    yield "initialise", {"weights": 4 * elements, "encoders": sum(sources.encoders.values()), "libraries": STARTED_BYTES}
+    at_start = 0 if setup.encoders == "cached" else everything
+    yield "initialise", {"weights": 4 * elements, "encoders": at_start, "libraries": STARTED_BYTES}
     for name, moment in moments(setup, sources, update_bytes, on_cpu=True):
+        if setup.encoders == "cached":
+            # The first validation loads them, and they stay; before it there are none.
+            moment = {**moment, "encoders": 0}
+            waits["encoders"] = everything if setup.validates and name != "initialise" else 0
         libraries = STARTED_BYTES if name == "initialise" else RUNNING_BYTES + setup.frame_counts * COMPILED_BYTES
         yield name, {key: moment.get(key, 0) + waits.get(key, 0) for key in {**moment, **waits}} | {"libraries": libraries}

@@ -6,7 +6,7 @@ import os
 import resource
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -31,6 +31,7 @@ class Room:
         taken: By other processes; on a machine also by this one, so far. What is left is shared by ``ranks``.
         ranks: Of this machine on a CPU, 1 on a card.
         capability: Of a card.
+        host: Beside a card: bytes of the machine's memory that are free for each of its ranks. None on a CPU.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Room:
     taken: int
     ranks: int = 1
     capability: tuple[int, int] | None = None
+    host: int | None = None
 
     @property
     def bytes(self) -> int:
@@ -52,10 +54,10 @@ class Room:
 
 def room_of(device: torch.device, ranks: int) -> Room:
     """What each of so many ranks of a run may take on this rank's device."""
-    if device.type == "cuda":
-        return card_room(device, ranks)
     here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or ranks)  # torchrun's and DeepSpeed's names for it
     total, available = machine_memory()
+    if device.type == "cuda":
+        return replace(card_room(device, ranks), host=available // here)
     return Room("this machine's memory", total, total - available, here)
 
 

@@ -22,7 +22,7 @@ from rdtf_ds.training.telemetry import RunLog
 TABLE = "memory_plan.txt"
 
 
-def check_memory(experiment: Experiment, world_size: int, device: torch.device, ignore: bool = False) -> Report:
+def check_memory(experiment: Experiment, world_size: int, device: torch.device, ignore: bool = False) -> Report | None:
     """Plan a run's memory, say its peak, and refuse it if that is more than there is. Called by all ranks; rank 0 plans.
 
     Seconds on the full network, one on a tiny one. Weights, random state and default dtype stay as they are: nothing in it has data.
@@ -31,23 +31,43 @@ def check_memory(experiment: Experiment, world_size: int, device: torch.device, 
         ignore: Start all the same, with a warning.
 
     Raises:
-        UserError: It cannot fit; by how much, in which phase, and what would make it fit.
+        UserError: It cannot fit; by how much, in which phase, and what would make it fit. Or no plan could be made.
+
+    Returns:
+        None when no plan could be made, and ``ignore``.
     """
     planned: list[Planned] = []
-    on_rank_zero(lambda: planned.append(plan_experiment(experiment, world_size, room_of(device, world_size).gpu)))
+    if failure := on_rank_zero(lambda: _plan_into(planned, experiment, world_size, device)):
+        if not ignore:
+            raise on_every_rank(UserError(f"{failure} --ignore_memory_plan starts without a plan."))
+        on_rank_zero(lambda: print(f"Warning: {failure} It starts without a plan (--ignore_memory_plan).", file=sys.stderr, flush=True))
+        return None
     # Looked at after the plan has taken its seconds: a run that just ended here may have needed them to give its memory back.
     room = tightest(gather_objects(room_of(device, world_size)))
     report = on_rank_zero(lambda: report_on(planned[0], room))
-    if not report["fits"] and not ignore:
-        raise on_every_rank(UserError(f"{refusal(report, room)} --ignore_memory_plan starts it all the same."))
+    faults = [] if report["fits"] else [refusal(report, room)]
+    faults += filter(None, [host_shortage(report, room)])
+    if faults and not ignore:
+        raise on_every_rank(UserError(f"{' '.join(faults)} --ignore_memory_plan starts it all the same."))
 
     def say() -> None:
         print(f"Memory, predicted {above(room)}. {verdict(report)}", file=sys.stderr, flush=True)
-        if not report["fits"]:
-            print(f"Warning: {refusal(report, room)} It starts all the same (--ignore_memory_plan).", file=sys.stderr, flush=True)
+        for fault in faults:
+            print(f"Warning: {fault} It starts all the same (--ignore_memory_plan).", file=sys.stderr, flush=True)
 
     on_rank_zero(say)
     return report
+
+
+def _plan_into(planned: list[Planned], experiment: Experiment, world_size: int, device: torch.device) -> str | None:
+    """Plan; why that is not possible, or None. A fault of the planner must not be what no run gets past."""
+    try:
+        planned.append(plan_experiment(experiment, world_size, room_of(device, world_size).gpu))
+    except UserError:
+        raise
+    except Exception as error:
+        return f"The memory of this run could not be predicted ({type(error).__name__}: {error}), which is a bug worth a report."
+    return None
 
 
 def report_on(planned: Planned, room: Room) -> Report:
@@ -57,8 +77,10 @@ def report_on(planned: Planned, room: Room) -> Report:
 
 
 def tightest(rooms: Iterable[Room]) -> Room:
-    """That of the rank with the least."""
-    return min(rooms, key=lambda room: room.bytes)
+    """That of the rank with the least, beside the least of the machines' memory."""
+    everyones = list(rooms)
+    hosts = [room.host for room in everyones if room.host is not None]
+    return replace(min(everyones, key=lambda room: room.bytes), host=min(hosts, default=None))
 
 
 def above(room: Room) -> str:
@@ -85,19 +107,34 @@ def refusal(report: Report, room: Room) -> str:
     )
 
 
+def host_shortage(report: Report, room: Room) -> str | None:
+    """Why the machine cannot hold what waits beside its cards, or None. On a CPU that is among the figures of the phases."""
+    need = sum(report["host_bytes"].values())
+    if room.host is None or need <= room.host:
+        return None
+    parts = ", ".join(f"{category} {told(size)}" for category, size in report["host_bytes"].items())
+    return (
+        f"This run does not fit into CPU memory: each rank is predicted to keep {told(need)} there ({parts}), and {told(room.host)} are "
+        f"free for each. Start fewer ranks on this machine, or leave more on the card: zero_optimization.offload_optimizer=null, "
+        f"rdtf.ema.device=gpu, rdtf.memory.encoders=resident."
+    )
+
+
 def foretell(experiment: Experiment, world_size: int, device: torch.device) -> tuple[list[str], str | None]:
     """For a dry run, on this process's device alone: the plan as lines, and why the run cannot fit, or None."""
     room = room_of(device, world_size)
     report = report_on(plan_experiment(experiment, world_size, room.gpu), room)
-    return [f"predicted {above(room)}", *lines_of(report)], None if report["fits"] else refusal(report, room)
+    return [f"predicted {above(room)}", *lines_of(report)], host_shortage(report, room) if report["fits"] else refusal(report, room)
 
 
-def keep_plan(report: Report, folder: Path, log: RunLog, first_step: int) -> None:
+def keep_plan(report: Report | None, folder: Path, log: RunLog, first_step: int) -> None:
     """The whole table in the run folder and, with its picture, in TensorBoard; the picture only of a new run, for it takes half a second.
 
     Raises:
         UserError: The folder cannot be written.
     """
+    if report is None:
+        return
     table = "\n".join(lines_of(report))
 
     def keep() -> None:

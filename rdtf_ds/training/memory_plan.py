@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 
+from rdtf_ds.config import RDTFSection
+from rdtf_ds.data.cache_header import HEADER, read_header
 from rdtf_ds.experiment import Experiment
 from rdtf_ds.memory.activations import ClipShape, DFGNTracer
 from rdtf_ds.memory.encoders import AutoencoderTracer, Encoders, read_encoders
@@ -45,13 +48,22 @@ def plan_experiment(experiment: Experiment, ranks: int, gpu: GPU | None) -> Plan
     return Planned(setup, sources, made, encoders)
 
 
+def _widths(rdtf: RDTFSection, latent_channels: int, encoders: Encoders) -> tuple[int, int, int]:
+    """Latent channels, CLIP and T5 widths; of the cache that takes the encoders' place, once it is there."""
+    folder = Path(rdtf.memory.cache_dir or "")
+    if rdtf.memory.encoders == "cached" and (folder / HEADER).is_file():
+        header = read_header(folder)
+        return header.latent_channels, header.clip_dim, header.t5_dim
+    return latent_channels, encoders.clip_dim, encoders.t5_dim
+
+
 def describe(experiment: Experiment, ranks: int, encoders: Encoders, device_type: str = "cuda") -> tuple[Setup, Sources]:
     """The planner's numbers of an experiment; on a CPU the encoders compute in fp32."""
     rdtf, zero = experiment.rdtf, experiment.deepspeed["zero_optimization"]
     dtype = COMPUTE[experiment.precision]
     encoder_dtype = dtype if device_type == "cuda" else torch.float32
     autoencoder = AutoencoderTracer(encoders.autoencoder, rdtf.data.image_size, encoder_dtype)
-    widths = (autoencoder.channels, encoders.clip_dim, encoders.t5_dim)
+    widths = _widths(rdtf, autoencoder.channels, encoders)
     # xformers has no operator for tensors without data; what it keeps is what sdpa's fused kernels keep.
     backend = "math" if rdtf.model.attention_backend == "math" else "sdpa"
     traced = rdtf.model_copy(update={"model": rdtf.model.model_copy(update={"attention_backend": backend})})

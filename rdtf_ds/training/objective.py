@@ -66,7 +66,7 @@ class FrozenEncoders:
         """Encode frames and captions."""
         if batch.frames is None:
             raise ValueError("a batch of stored features has no frames to encode")
-        frames = batch.frames.to(device, torch.float32) / 127.5 - 1.0
+        frames = batch.frames.to(device, non_blocking=True).float() / 127.5 - 1.0
         return Features(self.autoencoder.encode(frames), frames, self.text.encode(batch.captions).to(device))
 
 
@@ -74,7 +74,7 @@ def read_features(batch: Clips, device: torch.device) -> Features:
     """Features that the loader read from a cache."""
     if batch.features is None:
         raise ValueError("a batch of frames has no stored features")
-    stored = batch.features.map(lambda tensor: tensor.to(device))
+    stored = batch.features.map(lambda tensor: tensor.to(device, non_blocking=True))
     pixels = None if stored.pixels is None else stored.pixels.float()
     return Features(stored.latents.float(), pixels, TextFeatures(stored.clip, stored.t5))
 
@@ -113,14 +113,17 @@ class Objective:
     @torch.no_grad()
     def encode(self, batch: Clips) -> Encoded:
         """The features of a micro-batch, noise added."""
-        timestep, noise = batch.timestep.to(self.device), batch.noise.to(self.device)
+        # Pinned by the loader, so that the host need not wait until they are there.
+        timestep, noise, condition_mask, frame_mask = (
+            tensor.to(self.device, non_blocking=True) for tensor in (batch.timestep, batch.noise, batch.condition_mask, batch.frame_mask)
+        )
         latents, pixels, text = self.encoding(batch, self.device)
         noisy = add_noise(latents, noise, timestep, self.alphas_cumprod)
-        visible = self._visible(pixels, latents, batch.condition_mask.to(self.device))
+        visible = self._visible(pixels, latents, condition_mask)
         weight = None if self.min_snr_gamma is None else min_snr_weight(self.alphas_cumprod, timestep, self.min_snr_gamma)
         sample = torch.cat([noisy, visible], dim=1).to(self.dtype)
         padded = not bool(batch.frame_mask.all())
-        return Encoded(sample, timestep, text.to(dtype=self.dtype), batch.frame_mask.to(self.device), padded, noise, weight)
+        return Encoded(sample, timestep, text.to(dtype=self.dtype), frame_mask, padded, noise, weight)
 
     def losses(self, network: Network, encoded: Encoded) -> Tensor:
         """Loss of each sample, (B,) fp32, with graph into the network."""

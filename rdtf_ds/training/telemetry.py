@@ -137,8 +137,8 @@ class HostMark:
 
 
 def new_mark() -> Mark:
-    """Of the GPU's stream if there is one, else of this process."""
-    return torch.cuda.Event(enable_timing=True) if torch.cuda.is_available() else HostMark()
+    """Of the GPU's stream if this process uses one, else of this process."""
+    return torch.cuda.Event(enable_timing=True) if torch.cuda.is_initialized() else HostMark()
 
 
 class Stopwatch:

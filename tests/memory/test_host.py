@@ -37,4 +37,10 @@ def test_a_bucket_is_resident_as_far_as_it_was_written():
 def test_what_waits_on_the_cpu_is_here():
     away = phases(ema="cpu", offload_optimizer=True, micro_batch=1)
     assert away["step"]["masters"] == 4 * 2816 and away["step"]["moments"] == 8 * 2816 and away["step"]["EMA"] == 4 * 2816
-    assert phases(encoders="cpu")["step"]["encoders"] == 5000 and "encoders" not in phases(encoders="cached")["step"]
+    assert phases(encoders="cpu")["step"]["encoders"] == 5000 and "encoders" not in phases(encoders="cached", validates=False)["step"]
+
+
+def test_cached_encoders_are_loaded_by_the_first_validation_and_stay():
+    cached, resident = phases(encoders="cached", validates=True), phases(validates=True)
+    assert [cached[name].get("encoders", 0) for name in ("initialise", "forward", "step", "validation")] == [0, 5000, 5000, 5000]
+    assert cached["validation"]["encoders"] == resident["validation"]["encoders"]

@@ -70,7 +70,34 @@ def test_on_a_card_it_says_what_would_make_it_fit(tiny, room, process_group):
     assert check_memory(tiny, 1, CPU)["gpu"] == "the device"
 
 
+def test_what_waits_in_cpu_memory_must_fit_there(project_root, room, process_group):
+    keys = ["rdtf.ema.device=cpu", "rdtf.ema.enabled=true"]
+    waits = load_experiment(project_root / "ds_configs" / "tiny_cpu.json", keys)
+    need = sum(plan_experiment(waits, 1, find_gpu("t4")).plan.host.values())
+    assert need > 0
+    room(10**12, capability=(7, 0), host=need)
+    assert check_memory(waits, 1, CPU)["fits"]
+    room(10**12, capability=(7, 0), host=need - 1)
+    with pytest.raises(UserError, match="does not fit into CPU memory") as refused:
+        check_memory(waits, 1, CPU)
+    assert refused.value.everywhere and "EMA" in str(refused.value) and "rdtf.ema.device=gpu" in str(refused.value)
+    assert check_memory(waits, 1, CPU, ignore=True)["fits"]
+
+
+def test_a_planner_that_fails_is_no_wall(tiny, room, process_group, monkeypatch, capsys):
+    def broken(*_):
+        raise KeyError("aten::new")
+
+    room(10**9)
+    monkeypatch.setattr(memory_check, "plan_experiment", broken)
+    with pytest.raises(UserError, match="could not be predicted .KeyError.*--ignore_memory_plan starts without a plan"):
+        check_memory(tiny, 1, CPU)
+    assert check_memory(tiny, 1, CPU, ignore=True) is None and "starts without a plan" in capsys.readouterr().err
+    keep_plan(None, None, None, 0)
+
+
 def test_the_rank_with_the_least_decides():
+    assert tightest([Room("a", 10, 0, host=7), Room("b", 5, 0, host=9)]) == Room("b", 5, 0, host=7)
     assert tightest([Room("a", 10, 0), Room("b", 10, 7), Room("c", 10, 4)]).name == "b"
     assert tightest([Room("a", 10, 0), Room("c", 10, 4, ranks=3)]).name == "c"
 

@@ -180,7 +180,9 @@ def card(monkeypatch, free, total, reserved=0):
 def test_what_other_processes_hold_of_a_card_is_not_there(monkeypatch):
     monkeypatch.setattr(device_memory, "context_bytes", lambda ranks: 7 * ranks)
     card(monkeypatch, free=90, total=100)
-    assert room_of(torch.device("cuda", 0), 1) == Room("Tesla V100", 100, 3, capability=(7, 0))
+    monkeypatch.setattr(device_memory, "machine_memory", lambda: (100, 60))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert room_of(torch.device("cuda", 0), 1) == Room("Tesla V100", 100, 3, capability=(7, 0), host=15)
     assert card_room(torch.device("cuda", 0), 2).taken == 0, "less than our own context takes"
     card(monkeypatch, free=40, total=100, reserved=20)
     room = card_room(torch.device("cuda", 0), 1)
