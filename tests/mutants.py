@@ -331,8 +331,8 @@ _TRAINING = (
     Mutant(
         name="every frame is shown to the network",
         file="rdtf_ds/training/objective.py",
-        old="self._visible(pixels, latents, batch.condition_mask.to(self.device))",
-        new="self._visible(pixels, latents, batch.frame_mask.to(self.device))",
+        old="self._visible(pixels, latents, condition_mask)",
+        new="self._visible(pixels, latents, frame_mask)",
         tests=("tests/training/test_objective.py",),
     ),
     Mutant(
