@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rdtf_ds.data.clustering import choose_frames, frame_features
+from rdtf_ds.data.clips.writing import write_clip
+from rdtf_ds.data.clustering import choose_frames
+from rdtf_ds.data.frame_features import as_float, thumbnail
 from rdtf_ds.data.synthetic import COLOURS, MOTIONS, Sticker, all_stickers, draw_frame_count, on_white, render
-from rdtf_ds.data.writing import write_clip
 from rdtf_ds.evaluation.sticker_match import Report, detect_motion, dominant_colour, frame_change, judge
 from rdtf_ds.seeding import numpy_generator
 
@@ -18,7 +19,8 @@ STICKERS = all_stickers(held_out=False) + all_stickers(held_out=True)
 def true_clip(number: int, frames: int = 8, size: int = 64) -> np.ndarray:
     rng = numpy_generator("judge", number)
     clip = on_white(render(STICKERS[number], max(frames, draw_frame_count(rng)), size, rng))
-    return clip[choose_frames(frame_features(clip), frames, rng)]
+    features = as_float(np.stack([thumbnail(Image.fromarray(frame)) for frame in clip]))
+    return clip[choose_frames(features, frames, rng)]
 
 
 @pytest.fixture(scope="module")
