@@ -55,7 +55,12 @@ class EncodersSection(_Section):
 class DataSection(_Section):
     """Where clips come from and how one becomes a sample."""
 
-    data_dir: str | None = None
+    data_dir: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None, description="a folder of clips or of tar shards, or a manifest (.csv, .jsonl)"
+    )
+    index_dir: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None, description="where the index of the clips is kept, shared by runs; null: the run folder"
+    )
     synthetic_clips: Annotated[int, Field(ge=0)] = Field(
         default=0, description="clips generated when data_dir is null; 0: data_dir is required"
     )
@@ -72,9 +77,21 @@ class DataSection(_Section):
     max_pixels: Positive = 4096 * 4096
     max_frames: Positive = Field(default=128, description="frames kept of one clip, evenly thinned")
     max_source_frames: Positive = Field(default=3000, description="a clip with more is refused")
+    max_total_pixels: Positive = Field(default=256 * 2**20, description="pixels times frames; a clip with more is refused")
     max_bytes: Positive = 64 * 2**20
     decode_timeout_s: Annotated[float, Field(gt=0)] = 20.0
     max_bad_fraction: Probability = 0.2
+    video_clip_s: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="seconds of the clips that videos are split into; null: a video is one clip"
+    )
+    frame_features: str = Field(
+        default="thumbnail", description="what frames are clustered by: thumbnail, or the image features of a CLIP model (folder or hub id)"
+    )
+    validation_fraction: Annotated[float, Field(ge=0, le=0.5)] = Field(default=0.0, description="share of groups held out from training")
+    group_pattern: str | None = Field(
+        default=None, description="regex searched in a clip's path, whose first group is the clip's group; null: equal clips are a group"
+    )
+    drop_duplicates: bool = Field(default=True, description="of clips with equal content and caption only one is trained on")
 
 
 class CurriculumSection(_Section):

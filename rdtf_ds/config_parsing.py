@@ -116,6 +116,8 @@ def _translated(detail: Any, kind: type[BaseModel], prefix: str) -> Problem:
         return Problem(path, None, "is required and missing")
     if detail["type"] == "extra_forbidden":
         return Problem(path, detail["input"], f"unknown key; the nearest is {nearest_key(path, section=isinstance(detail['input'], dict))}")
+    if detail["type"] == "string_too_short":
+        return Problem(path, detail["input"], "is empty; name something, or leave the key out")
     message = detail["msg"].replace("Input should be ", "allowed: ").replace("Input should have ", "allowed: ")
     remedy = REMEDIES.get(path)
     return Problem(path, detail["input"], message + (f" ({remedy})" if remedy else ""))

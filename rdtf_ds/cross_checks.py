@@ -7,6 +7,7 @@ survives.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -181,6 +182,12 @@ def _data(rdtf: RDTFSection, require_data: bool) -> Iterator[Problem]:
     if data.max_source_frames < data.max_frames:
         keys = ("rdtf.data.max_source_frames", "rdtf.data.max_frames")
         yield Problem("rdtf.data.max_source_frames", data.max_source_frames, f"must be at least max_frames = {data.max_frames}", keys)
+    if data.group_pattern is not None:
+        try:
+            re.compile(data.group_pattern)
+        except re.error as error:
+            remedy = "Write ^[^/]+ for the first folder of a path, or \\( for a bracket itself"
+            yield Problem("rdtf.data.group_pattern", data.group_pattern, f"is no regular expression: {error}. {remedy}")
 
 
 def _memory(memory: MemorySection) -> Iterator[Problem]:

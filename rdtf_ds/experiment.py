@@ -142,7 +142,8 @@ def load_experiment(
     for key, option in (("data.data_dir", data_dir), ("output_dir", output_dir), ("max_steps", max_steps), ("seed", seed)):
         if option is not None:
             problems += assign(raw, f"rdtf.{key}", str(option) if isinstance(option, Path) else option)
-    return _check(raw, str(path), problems, require_data)
+    given = bool(overrides) or any(option is not None for option in (data_dir, output_dir, max_steps, seed))
+    return _check(raw, f"{path} with what the command line sets" if given else str(path), problems, require_data)
 
 
 def json_schema() -> dict[str, Any]:

@@ -21,7 +21,7 @@ Makes clips of 3 to $frames frames from a caption, from pictures that are some o
 `rdtf_ds`; $parameters parameters, stored in fp16.
 
 ```python
-from rdtf_ds.data.writing import write_clip
+from rdtf_ds.data.clips.writing import write_clip
 from rdtf_ds.pipeline import RDTFPipeline
 
 pipeline = RDTFPipeline.from_pretrained("FOLDER")  # on a GPU: torch_dtype=torch.float16, then .to("cuda")

@@ -25,8 +25,8 @@ from torch import Tensor
 from transformers import CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
 
 from rdtf_ds.clip_requests import ClipRequest, Frames, Generators, Seeds, clip_requests
-from rdtf_ds.data.captions import NO_CAPTION, hide_words
-from rdtf_ds.data.clip import letterbox
+from rdtf_ds.data.clips.clip import letterbox
+from rdtf_ds.data.sources.captions import NO_CAPTION, hide_words
 from rdtf_ds.diffusion.guidance import combine_guidance, latent_guidance, pixel_guidance
 from rdtf_ds.errors import UserError
 from rdtf_ds.models.autoencoder import FrameAutoencoder, HaarAutoencoder  # noqa: F401  diffusers finds the class by its imported module

@@ -30,7 +30,7 @@ for chatty in ("xformers", "bitsandbytes"):
 
 import torch  # noqa: E402
 
-from rdtf_ds.data.dataset import Batch  # noqa: E402
+from rdtf_ds.data.batch import Batch  # noqa: E402
 from rdtf_ds.exit_codes import DONE  # noqa: E402
 from rdtf_ds.experiment import Experiment, load_experiment  # noqa: E402
 from rdtf_ds.memory.report import Report, tensors_by_phase  # noqa: E402
@@ -116,7 +116,7 @@ def train(run: Run, log: RunLog, first_step: int, interruptions: Interruptions, 
             problems = [problem for batch in batches for problem in batch.problems]
             broken, to_save, to_stop = any_rank(bool(problems), *interruptions.poll(rank))
             if broken:
-                run.merge_problems(problems)
+                run.merge_problems(problems, step)
             if validate is not None and not to_stop and (done % rdtf.validation.interval == 0 or last):
                 heartbeat().beat("validation")
                 with memory.phase("validation"):
@@ -185,7 +185,7 @@ def main(options: argparse.Namespace, experiment: Experiment) -> int:
             plan = check_memory(experiment, world_size, device, options.ignore_memory_plan)
             memory = MemoryWatch.on(device, rank, {} if plan is None else tensors_by_phase(plan))
             with memory.phase("initialise"):
-                run = build_run(experiment, rank, world_size, device)
+                run = build_run(experiment, rank, world_size, device, options.reindex)
             resumed = resume(run)
             memory.lap("resume" if resumed is not None else "")
             with Interruptions(folder) as interruptions:  # before there is a state of its own, a signal may just end it

@@ -192,14 +192,14 @@ _DATA = (
     Mutant(
         name="a cached sample takes the first frames",
         file="rdtf_ds/data/dataset.py",
-        old="clip.take(chosen.tolist(), text)",
+        old="clip.take(self._choose(clip_id, plan).tolist(), text)",
         new="clip.take(range(plan.k), text)",
         tests=("tests/data/test_dataset.py",),
     ),
     Mutant(
         name="checksums of a cache are not compared",
         file="rdtf_ds/data/feature_cache.py",
-        old="if _checksum(row) != self._sums[name][number]:",
+        old="if checksum != self._sums[name][number]:",
         new="if not self._sums[name][number]:",
         tests=("tests/data/test_feature_cache.py",),
     ),
@@ -213,8 +213,8 @@ _DATA = (
     Mutant(
         name="a cache made with replaced weights fits",
         file="rdtf_ds/data/cache_header.py",
-        old='by = "weights" if cached["weights"] and own["weights"] else "source"',
-        new='by = "source"',
+        old="return all(cached[part] == own[part] for part in known) and (",
+        new="return (",
         tests=("tests/data/test_cache_header.py",),
     ),
     Mutant(
@@ -226,10 +226,10 @@ _DATA = (
     ),
     Mutant(
         name="words hidden with the opposite probability",
-        file="rdtf_ds/data/captions.py",
+        file="rdtf_ds/data/sources/captions.py",
         old="rng.random(len(words)) < probability",
         new="rng.random(len(words)) >= probability",
-        tests=("tests/data/test_captions.py",),
+        tests=("tests/data/sources/test_captions.py",),
     ),
     Mutant(
         name="several frames of one cluster",
@@ -239,11 +239,32 @@ _DATA = (
         tests=("tests/data/test_clustering.py",),
     ),
     Mutant(
+        name="a clip is barred one step early",
+        file="rdtf_ds/data/quarantine.py",
+        old="self._barred_from[problem.content] = step + self._delay + 1",
+        new="self._barred_from[problem.content] = step + self._delay",
+        tests=("tests/data/test_quarantine.py",),
+    ),
+    Mutant(
+        name="a worker hears of a barred clip one step early",
+        file="rdtf_ds/data/quarantine.py",
+        old="self._barred.append((step + self._delay + 1, problem.content))",
+        new="self._barred.append((step + self._delay, problem.content))",
+        tests=("tests/data/test_quarantine.py", "tests/data/test_loader.py"),
+    ),
+    Mutant(
+        name="one strike is enough",
+        file="rdtf_ds/data/quarantine.py",
+        old="_STRIKES = 2",
+        new="_STRIKES = 1",
+        tests=("tests/data/test_quarantine.py",),
+    ),
+    Mutant(
         name="alpha ignored",
-        file="rdtf_ds/data/clip.py",
+        file="rdtf_ds/data/clips/clip.py",
         old='canvas.paste(frame, mask=frame.getchannel("A") if frame.mode == "RGBA" else None)',
         new="canvas.paste(frame)",
-        tests=("tests/data/test_decoding.py",),
+        tests=("tests/data/clips/test_decoding.py",),
     ),
 )
 
@@ -546,4 +567,37 @@ _MEMORY = (
     ),
 )
 
-MUTANTS: tuple[Mutant, ...] = (*_DIFFUSION, *_CURRICULUM, *_PLANS, *_DATA, *_MODELS, *_TRAINING, *_GENERATION, *_FAULTS, *_MEMORY)
+_INSPECTION = (
+    Mutant(
+        name="a caption becomes markup",
+        file="rdtf_ds/inspection/page.py",
+        old="autoescape=True",
+        new="autoescape=False",
+        tests=("tests/inspection/test_page.py",),
+    ),
+    Mutant(
+        name="a caption ends the report's script",
+        file="rdtf_ds/inspection/page.py",
+        old='text.replace("<",',
+        new='text.replace("no such text",',
+        tests=("tests/inspection/test_page.py",),
+    ),
+    Mutant(
+        name="a frame is compared with itself",
+        file="rdtf_ds/inspection/variety.py",
+        old="np.triu_indices(count, 1)",
+        new="np.triu_indices(count, 0)",
+        tests=("tests/inspection/test_variety.py",),
+    ),
+    Mutant(
+        name="the report draws other frames than training",
+        file="rdtf_ds/inspection/variety.py",
+        old='draw_key(sample_number, "frames", 0)',
+        new='draw_key(sample_number, "frame", 0)',
+        tests=("tests/inspection/test_views.py",),
+    ),
+)
+
+MUTANTS: tuple[Mutant, ...] = (
+    *_DIFFUSION, *_CURRICULUM, *_PLANS, *_DATA, *_MODELS, *_TRAINING, *_GENERATION, *_FAULTS, *_MEMORY, *_INSPECTION,
+)  # fmt: skip

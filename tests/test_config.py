@@ -356,6 +356,8 @@ class TestAcrossKeys:
             (["rdtf.data.no_text_probability=0.5", "rdtf.data.neither_probability=0.5"], "rdtf.data.no_text_probability", "make 1.05"),
             (["rdtf.data.max_frames=7"], "rdtf.data.max_frames", "at least rdtf.data.frames = 8"),
             (["rdtf.data.max_source_frames=99"], "rdtf.data.max_source_frames", "at least max_frames = 128"),
+            (['rdtf.data.data_dir=""'], "rdtf.data.data_dir", "is empty; name something"),
+            (["rdtf.data.group_pattern='(a'"], "rdtf.data.group_pattern", "is no regular expression: missing )"),
             (['rdtf.curriculum.static_end={"IPT":0.5,"GRT":0.5}'], "rdtf.curriculum.static_end", "all of IPT, PDT and GRT"),
             (["rdtf.curriculum.static_end.GRT=0.6"], "rdtf.curriculum.static_end", "make 1.1; they must sum to 1"),
             (["rdtf.curriculum.fast_horizon=200"], "rdtf.curriculum.fast_horizon", "below slow_horizon = 200"),

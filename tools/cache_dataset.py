@@ -24,19 +24,23 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from rdtf_ds.data.cache_header import HEADER, CacheError, CacheHeader  # noqa: E402
-from rdtf_ds.data.decoding import decode_clip  # noqa: E402
+from rdtf_ds.data.clips.decoding import decode_clip  # noqa: E402
 from rdtf_ds.data.feature_cache import FeatureCache  # noqa: E402
-from rdtf_ds.data.index import ClipIndex  # noqa: E402
+from rdtf_ds.data.indexing.index import ClipIndex  # noqa: E402
 from rdtf_ds.errors import UserError  # noqa: E402
 from rdtf_ds.experiment import Experiment, load_experiment  # noqa: E402
-from rdtf_ds.training.assembly import decode_limits, make_index  # noqa: E402
 from rdtf_ds.training.cache_making import FeatureMaker, Filled, fill_cache  # noqa: E402
 from rdtf_ds.training.caching import make_header  # noqa: E402
+from rdtf_ds.training.data_assembly import decode_limits, make_index  # noqa: E402
 from rdtf_ds.training.encoders import encoder_dtype, load_encoders  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0 when every clip that can be decoded is in the cache, 2 with one paragraph on standard error when it cannot be made."""
+    """Make or extend a cache; the exit code.
+
+    0 when every clip that can be decoded is in it, 1 when some were not decoded for a reason that may pass, 2 with one paragraph on
+    standard error when it cannot be made.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--deepspeed_config", required=True, metavar="JSON", help="the run's experiment")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="as for the run; repeat for more")
@@ -63,6 +67,15 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{options.out}: {filled.made} clips made, {filled.kept} were there, {len(filled.broken)} cannot be decoded")
     for problem in filled.broken:
         print(f"  {problem.path}: {problem.reason}")
+    if filled.put_off:
+        for problem in filled.put_off:
+            print(f"  {problem.path}: {problem.reason}", file=sys.stderr)
+        print(
+            f"{len(filled.put_off)} clips were not decoded for a reason that may pass, and are not in '{options.out}' yet: the same "
+            "command tries them again, with more time by --set rdtf.data.decode_timeout_s=S. A run from this cache needs them.",
+            file=sys.stderr,
+        )
+        return 1
     print(f"Train from it with --set rdtf.memory.encoders=cached --set rdtf.memory.cache_dir={options.out}")
     return 0
 
@@ -78,10 +91,11 @@ def run(experiment: Experiment, out: Path, variants: int) -> tuple[ClipIndex, Fi
     limits = decode_limits(rdtf)
     with alone(out):  # the first of several makes what the others then find
         cache = open_or_create(out, header)
-        index = make_index(rdtf, out)
+        index = make_index(rdtf, out, device)
 
-    def decode(path: Path) -> np.ndarray:
-        return decode_clip(path, rdtf.data.image_size, rdtf.data.background, limits)
+    def decode(clip: int) -> np.ndarray:
+        place, window = index.place(clip), index.window(clip)
+        return decode_clip(place, rdtf.data.image_size, rdtf.data.background, limits, content=index.content(clip), window=window)
 
     with_pixels = rdtf.model.guidance == "pixel"
     make = FeatureMaker(autoencoder, text, device, experiment.precision, with_pixels, rdtf.data.word_hide_probability, variants)

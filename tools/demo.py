@@ -22,10 +22,10 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from rdtf_ds.data.clip import ClipError, DecodeLimits  # noqa: E402
-from rdtf_ds.data.decoding import decode_clip, probe_clip  # noqa: E402
+from rdtf_ds.data.clips.clip import ClipError, DecodeLimits  # noqa: E402
+from rdtf_ds.data.clips.decoding import decode_clip, probe_clip  # noqa: E402
+from rdtf_ds.data.clips.writing import contact_sheet, write_clip  # noqa: E402
 from rdtf_ds.data.synthetic import MOTIONS, Sticker, all_stickers, on_white, render  # noqa: E402
-from rdtf_ds.data.writing import contact_sheet, write_clip  # noqa: E402
 from rdtf_ds.diffusion.masks import evenly_spaced  # noqa: E402
 from rdtf_ds.errors import UserError  # noqa: E402
 from rdtf_ds.evaluation.sticker_match import Report, judge  # noqa: E402

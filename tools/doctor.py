@@ -296,9 +296,9 @@ def try_attention(device: torch.device) -> str:
 
 def try_decord() -> str:
     """Writes an MP4 and decodes it as the loader would, in the child process."""
-    from rdtf_ds.data.clip import DecodeLimits
-    from rdtf_ds.data.decoding import decode_clip
-    from rdtf_ds.data.writing import write_clip
+    from rdtf_ds.data.clips.clip import DecodeLimits
+    from rdtf_ds.data.clips.decoding import decode_clip
+    from rdtf_ds.data.clips.writing import write_clip
 
     frames = np.broadcast_to(np.arange(0, 200, 50, dtype=np.uint8)[:, None, None, None], (4, 128, 128, 3))
     with tempfile.TemporaryDirectory() as folder:

@@ -20,7 +20,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from rdtf_ds.data.writing import write_clip  # noqa: E402
+from rdtf_ds.data.clips.writing import write_clip  # noqa: E402
 from rdtf_ds.errors import UserError  # noqa: E402
 from rdtf_ds.pipeline import RDTFPipeline  # noqa: E402
 

@@ -1,4 +1,4 @@
-"""Measurements beside what a user would pick instead: ``python tools/benchmark.py forward|train_step|attention|trim|memory``.
+"""Measurements beside what a user would pick instead: ``python tools/benchmark.py forward|train_step|attention|trim|memory|index|loader``.
 
 Every benchmark is one module of this package, and every module offers the same two functions; ``tools/benchmark.py`` calls them and
 prints what comes back::

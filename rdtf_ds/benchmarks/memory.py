@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from rdtf_ds.benchmarks.report import Row, make_report
+from rdtf_ds.data.clips.writing import write_clip
 from rdtf_ds.data.synthetic import all_stickers, render
-from rdtf_ds.data.writing import write_clip
 from rdtf_ds.errors import UserError
 from rdtf_ds.experiment import load_experiment
 from rdtf_ds.training.memory_plan import plan_experiment

@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rdtf_ds.data.writing import write_atomically
+from rdtf_ds.data.clips.writing import write_atomically
 from rdtf_ds.errors import UserError
 
 HEADER = "cache.json"
-FORMAT = 1
+FORMAT = 2
+_HASHES = ("weights", "tokenizer")
 
 
 class CacheError(UserError):
@@ -29,8 +30,8 @@ class CacheHeader:
     """What a cache holds.
 
     Attributes:
-        identity: By dotted key of the experiment, everything the features depend on. An encoder is ``{"source", "weights"}``, the latter
-            a hash, or None where the weights are not at hand.
+        identity: By dotted key of the experiment, everything the features depend on. An encoder is ``{"source", "weights"}``, with
+            ``"tokenizer"`` for text: the latter are hashes, or None where the files are not at hand.
         variants: Draws of hidden words for each caption.
         latent_channels, latent_side: Of the latents (C, h, w), h = w.
         clip_dim, t5_dim: Widths of the text features.
@@ -72,7 +73,9 @@ def read_header(folder: Path) -> CacheHeader:
         stored = json.loads(path.read_text(encoding="utf-8"))
         version = stored.pop("format")
         if version != FORMAT:
-            raise CacheError(f"'{path}' is of format {version}, this version reads {FORMAT}. Make a cache in another folder.")
+            raise CacheError(
+                f"'{path}' is of format {version}, this version reads {FORMAT}. Make a cache in another folder: {make_command('OTHER')}"
+            )
         return CacheHeader(**stored)
     except FileNotFoundError:
         raise CacheError(f"'{folder}' is no feature cache, it has no {HEADER}. Make one: {make_command(folder)}") from None
@@ -82,12 +85,13 @@ def read_header(folder: Path) -> CacheHeader:
 
 def _equal(cached: Any, own: Any) -> bool:
     if isinstance(cached, dict) and isinstance(own, dict):
-        by = "weights" if cached["weights"] and own["weights"] else "source"
-        return bool(cached[by] == own[by])
+        known = [part for part in _HASHES if cached.get(part) and own.get(part)]
+        return all(cached[part] == own[part] for part in known) and ("weights" in known or cached["source"] == own["source"])
     return bool(cached == own)
 
 
 def _told(value: Any) -> str:
     if isinstance(value, dict):
-        return json.dumps(value["source"]) + (f" (weights {value['weights'][:12]})" if value["weights"] else "")
+        hashes = [f"{part} {value[part][:12]}" for part in _HASHES if value.get(part)]
+        return json.dumps(value["source"]) + (f" ({', '.join(hashes)})" if hashes else "")
     return json.dumps(value)

@@ -1,6 +1,7 @@
-"""Turns a planned micro-batch into tensors: decode, choose frames, hide words, drop conditions, draw timestep and noise.
+"""Turns a planned micro-batch into tensors: choose frames, decode them, hide words, drop conditions, draw timestep and noise.
 
-With a feature cache nothing is decoded: the chosen frames' latents and the text's features are read instead, after the same draws.
+Frames are chosen by the features that the index keeps of them, so only the chosen ones are decoded. With a feature cache none is: their
+latents and the text's features are read instead, after the same draws.
 
 Everything random is drawn from ``derive_seed(seed, sample number, purpose)``, so a sample is the same whichever worker, rank,
 micro-batch or restart makes it. A sample that was passed over adds its attempt to each draw (`draw_key`).
@@ -10,21 +11,21 @@ Legend: B samples, F frames of the longest sample of the micro-batch, H W pixels
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from rdtf_ds.data.batch import Batch, StoredFeatures
-from rdtf_ds.data.captions import NO_CAPTION, hide_words
-from rdtf_ds.data.clip import ClipError, DecodeLimits
-from rdtf_ds.data.clustering import choose_frames, frame_features
-from rdtf_ds.data.decoding import decode_clip
-from rdtf_ds.data.feature_cache import CachedClips, SampleFeatures, StoredClip, nearest_text
-from rdtf_ds.data.index import ClipIndex
+from rdtf_ds.data.clips.clip import ClipError, DecodeLimits
+from rdtf_ds.data.clips.decoding import decode_clip
+from rdtf_ds.data.clustering import choose_frames
+from rdtf_ds.data.feature_cache import CachedClips, SampleFeatures, nearest_text
+from rdtf_ds.data.indexing.index import ClipIndex
 from rdtf_ds.data.quarantine import Problem
+from rdtf_ds.data.sources.captions import NO_CAPTION, hide_words
 from rdtf_ds.data.step_plan import SamplePlan, draw_key
 from rdtf_ds.diffusion.masks import MAX_FRAMES, evenly_spaced, level, loss_mask
 from rdtf_ds.errors import UserError
@@ -75,7 +76,6 @@ class StickerDataset:
         timesteps: of the noise schedule; drawn from 0 to this, exclusive.
         frames: the most frames of a sample, for which noise is drawn.
         dual_mask: False takes evenly spaced frames instead of one of each cluster (Table 3's arm).
-        cache_bytes: decoded clips kept by each worker. A matter of speed alone.
         cached: features of every clip of the index, read in the place of the clips; None: clips are decoded.
     """
 
@@ -89,31 +89,36 @@ class StickerDataset:
     timesteps: int = 1000
     frames: int = MAX_FRAMES
     dual_mask: bool = True
-    cache_bytes: int = 256 * 2**20
     cached: CachedClips | None = None
 
-    def __post_init__(self) -> None:
-        self._cache = _ClipCache(self.cache_bytes)
-
     def __getitem__(self, micro_batch: Sequence[SamplePlan]) -> Batch:
+        """The samples of a micro-batch with no clip barred; see `make`."""
+        return self.make(micro_batch)
+
+    def make(self, micro_batch: Sequence[SamplePlan], barred: AbstractSet[str] = frozenset()) -> Batch:
         """Make the samples of a micro-batch and pad them to the longest.
 
-        Raises:
-            NoUsableClip: a clip and 32 stand-ins failed to decode.
-            CacheError: the features of a clip are gone or damaged.
-        """
-        return collate([self._sample(plan) for plan in micro_batch])
+        Args:
+            barred: contents that are not even tried: their samples take the stand-in they would have if decoding failed.
 
-    def _sample(self, plan: SamplePlan) -> _Sample:
-        clip_id, clip, problems = self._clip(plan)
-        chosen = self._choose(clip.thumbnails, plan)
-        caption, condition_mask = self._conditions(plan, self.index.rows[clip_id].caption)
+        Raises:
+            NoUsableClip: a clip and 32 stand-ins failed to decode or are barred.
+            UserError: what the index or the cache keeps of a clip is gone or damaged.
+        """
+        return collate([self._sample(plan, barred) for plan in micro_batch])
+
+    def _sample(self, plan: SamplePlan, barred: AbstractSet[str]) -> _Sample:
         shown: np.ndarray | SampleFeatures
-        if isinstance(clip, StoredClip):
-            text = nearest_text(clip.texts, caption, self._rng(plan, "variant"))
-            shown, caption = clip.take(chosen.tolist(), text), clip.texts[text]
+        problems: list[Problem] = []
+        if self.cached is None:
+            clip_id, shown, problems = self._decoded(plan, barred)
+            caption, condition_mask = self._conditions(plan, self.index.caption(clip_id))
         else:
-            shown = clip.frames[chosen]
+            clip_id, clip = plan.clip_id, self.cached.open(plan.clip_id)
+            caption, condition_mask = self._conditions(plan, self.index.caption(clip_id))
+            # A generator costs more than all the rest of this choice, and a text that is there needs none.
+            text = clip.texts.index(caption) if caption in clip.texts else nearest_text(clip.texts, caption, self._rng(plan, "variant"))
+            shown, caption = clip.take(self._choose(clip_id, plan).tolist(), text), clip.texts[text]
         timestep = int(self._rng(plan, "timestep").integers(self.timesteps))
         generator = torch_generator(self.seed, *draw_key(plan.sample_number, "noise", plan.attempt))
         noise = torch.randn(self.latent.channels, self.frames, self.latent.size, self.latent.size, generator=generator)
@@ -122,32 +127,38 @@ class StickerDataset:
     def _rng(self, plan: SamplePlan, purpose: str) -> np.random.Generator:
         return numpy_generator(self.seed, *draw_key(plan.sample_number, purpose, plan.attempt))
 
-    def _clip(self, plan: SamplePlan) -> tuple[int, _DecodedClip | StoredClip, list[Problem]]:
-        """The planned clip, or the first stand-in that decodes: its id, what it holds, and what failed before it."""
-        if self.cached is not None:
-            return plan.clip_id, self.cached.open(plan.clip_id, self.index.rows[plan.clip_id].path), []
+    def _decoded(self, plan: SamplePlan, barred: AbstractSet[str]) -> tuple[int, np.ndarray, list[Problem]]:
+        """The planned clip, or the first stand-in that decodes: its id, its chosen frames, and what failed before it."""
         problems: list[Problem] = []
+        last = ""
         for failures in range(_STAND_IN_ATTEMPTS + 1):
             clip_id = plan.clip_id if failures == 0 else self._stand_in(plan, failures)
-            row = self.index.rows[clip_id]
-            try:
-                clip = self._cache.get(clip_id) or self._cache.put(clip_id, self._decode(clip_id))
-            except ClipError as error:
-                problems.append(Problem(row.path, error.reason, plan.sample_number))
+            content = self.index.content(clip_id)
+            if content in barred:
+                last = f"'{self.index.path(clip_id)}': it failed two samples before and is not tried any more"
                 continue
-            return clip_id, clip, problems
+            try:
+                return clip_id, self._decode(clip_id, self._choose(clip_id, plan)), problems
+            except ClipError as error:
+                path = self.index.path(clip_id)
+                problems.append(Problem(path, error.reason, plan.sample_number, content))
+                last = f"'{path}': {error.reason}"
         raise NoUsableClip(
-            f"sample {plan.sample_number}: {len(problems)} clips in a row cannot be decoded, the last one "
-            f"'{problems[-1].path}': {problems[-1].reason}. Is the data folder '{self.index.root}' still there and readable?"
+            f"sample {plan.sample_number}: {_STAND_IN_ATTEMPTS + 1} clips in a row cannot be decoded, the last one {last}. "
+            f"Is the data folder '{self.index.root}' still there and readable?"
         )
 
-    def _decode(self, clip_id: int) -> _DecodedClip:
-        row = self.index.rows[clip_id]
-        frames = decode_clip(self.index.root / row.path, self.image_size, self.background, self.limits)
-        expected = min(row.num_frames, self.limits.max_frames)
-        if len(frames) != expected:
-            raise ClipError(row.path, f"has {len(frames)} frames, but had {expected} when it was indexed: the file has changed")
-        return _DecodedClip(frames, frame_features(frames))
+    def _decode(self, clip_id: int, chosen: np.ndarray) -> np.ndarray:
+        index = self.index
+        return decode_clip(
+            index.place(clip_id),
+            self.image_size,
+            self.background,
+            self.limits,
+            frames=chosen.tolist(),
+            content=index.content(clip_id),
+            window=index.window(clip_id),
+        )
 
     def _stand_in(self, plan: SamplePlan, failures: int) -> int:
         """Another clip, from the seed alone: with enough frames for the planned mask if there is any."""
@@ -157,8 +168,9 @@ class StickerDataset:
         key = draw_key(plan.sample_number, "stand-in", plan.attempt)
         return int(ids[derive_seed(self.seed, *key, failures) % len(ids)])
 
-    def _choose(self, features: np.ndarray, plan: SamplePlan) -> np.ndarray:
+    def _choose(self, clip_id: int, plan: SamplePlan) -> np.ndarray:
         """Numbers of the frames used, rising; only a stand-in with fewer than k frames shows some twice."""
+        features = self.index.frame_features(clip_id)
         if len(features) < plan.k:
             return np.arange(plan.k) * len(features) // plan.k
         if not self.dual_mask:
@@ -181,14 +193,6 @@ class StickerDataset:
         words = hide_words(caption, 1.0 if hide_all else drops.word_hide, self._rng(plan, "words")) if caption.strip() else NO_CAPTION
         mask = np.array(plan.mask, bool)
         return words, np.zeros_like(mask) if hide_image else mask
-
-
-@dataclass(frozen=True, slots=True)
-class _DecodedClip:
-    """All frames, uint8 (F, H, W, 3), and their features for clustering, float32 (F, D)."""
-
-    frames: np.ndarray
-    thumbnails: np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,25 +252,3 @@ def _stacked(samples: Sequence[SampleFeatures], longest: int) -> StoredFeatures:
         torch.stack([sample.clip for sample in samples]),
         torch.stack([sample.t5 for sample in samples]),
     )
-
-
-class _ClipCache:
-    """Decoded clips of one process, the longest unused thrown out first."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._bytes = 0
-        self._clips: OrderedDict[int, _DecodedClip] = OrderedDict()
-
-    def get(self, clip_id: int) -> _DecodedClip | None:
-        clip = self._clips.get(clip_id)
-        if clip is not None:
-            self._clips.move_to_end(clip_id)
-        return clip
-
-    def put(self, clip_id: int, clip: _DecodedClip) -> _DecodedClip:
-        self._clips[clip_id] = clip
-        self._bytes += clip.frames.nbytes
-        while self._bytes > self._max_bytes:
-            self._bytes -= self._clips.popitem(last=False)[1].frames.nbytes
-        return clip

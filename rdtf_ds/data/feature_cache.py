@@ -6,18 +6,20 @@ A cache is a folder::
     clips/3f/3f81….safetensors      `ClipFeatures` of one clip
     clips/3f/3f81….broken           in the place of one that could not be decoded: the reason
 
-A clip goes by the hash of its bytes and its caption (`clip_key`): one that changes is another clip, equal ones are kept once, and the data
-folder may move. Every file is written whole and renamed, and what two processes write under one name is the same. Each row of a tensor
-has a checksum, which is compared whenever the row is read: a sample costs a few rows, not the file.
+A clip goes by the hash of its bytes, which the index knows, and its caption (`clip_key`): one that changes is another clip, equal ones are
+kept once, and the data folder may move. What its frames are chosen by is in the index, not here. Every file is written whole and renamed,
+and what two processes write under one name is the same. Each row of a tensor has a checksum, which is compared whenever the row is read:
+a sample costs a few rows, not the file.
 
-Legend: F decoded frames of a clip (capped, thinned), C h w latent channels and size, D features of a frame for clustering, T texts,
-L text tokens, Dc Dt widths of the CLIP and T5 features.
+Legend: F decoded frames of a clip (capped, thinned), C h w latent channels and size, T texts, L text tokens, Dc Dt widths of the CLIP and
+T5 features.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,11 +33,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from rdtf_ds.data.cache_header import CacheError, CacheHeader, make_command, read_header, write_header
-from rdtf_ds.data.captions import NO_CAPTION, hide_words
-from rdtf_ds.data.writing import write_atomically
+from rdtf_ds.data.clips.writing import write_atomically
+from rdtf_ds.data.indexing.index import ClipIndex
+from rdtf_ds.data.sources.captions import NO_CAPTION, hide_words
 from rdtf_ds.seeding import numpy_generator
 
-_SUM, _TOLD = ".crc32", "told"
+_TOLD = "told"
+_STORED, _BROKEN = ".safetensors", ".broken"
+SHORT = 32
+"""Letters of a key that tell it from every other: 128 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +50,12 @@ class ClipFeatures:
 
     Attributes:
         latents: (F, C, h, w), float32 or float16.
-        thumbnails: float32 (F, D), of `clustering.frame_features`.
         texts: as `caption_texts` has them.
         clip, t5: (T, L, Dc) and (T, L, Dt), in the dtype the network computes in.
         pixels: RGB in [-1, 1] at latent size, (F, 3, h, w), for guidance by pixels; else None.
     """
 
     latents: torch.Tensor
-    thumbnails: torch.Tensor
     texts: tuple[str, ...]
     clip: torch.Tensor
     t5: torch.Tensor
@@ -68,11 +72,9 @@ class SampleFeatures:
     t5: torch.Tensor
 
 
-def clip_key(path: Path, caption: str) -> str:
-    """Name of a clip in every cache: SHA-256 of its bytes and its caption, in hex."""
-    with open(path, "rb") as file:
-        content = hashlib.file_digest(file, "sha256").digest()
-    return hashlib.sha256(content + caption.encode()).hexdigest()
+def clip_key(content: str, caption: str) -> str:
+    """Name of a clip in every cache, in hex: SHA-256 over its content's (`ClipIndex.content`) and its caption."""
+    return hashlib.sha256(bytes.fromhex(content) + caption.encode()).hexdigest()
 
 
 def caption_texts(caption: str, word_hide: float, variants: int) -> tuple[str, ...]:
@@ -134,7 +136,7 @@ class FeatureCache:
 
     def path(self, key: str) -> Path:
         """The file of a clip, whether it is there or not."""
-        return self.folder / "clips" / key[:2] / f"{key}.safetensors"
+        return self.folder / "clips" / key[:2] / f"{key}{_STORED}"
 
     def write(self, key: str, features: ClipFeatures) -> None:
         """Put a clip into the cache, in the place of whatever is there under its name.
@@ -142,15 +144,14 @@ class FeatureCache:
         Raises:
             CacheError: the disk is full, or the folder may not be written.
         """
-        thumbnails = features.thumbnails[None]  # as one row: clustering wants them all
-        tensors = {"latents": features.latents, "thumbnails": thumbnails, "clip": features.clip, "t5": _trimmed(features.t5)}
+        tensors = {"latents": features.latents, "clip": features.clip, "t5": _trimmed(features.t5)}
         if features.pixels is not None:
             tensors["pixels"] = features.pixels
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        sums = {name + _SUM: torch.tensor([_checksum(row) for row in tensor]) for name, tensor in tensors.items()}
-        told = json.dumps({"tensors": sorted(tensors), "texts": features.texts, "t5_length": features.t5.shape[1]})
+        sums = {name: _checksums(tensors[name]) for name in sorted(tensors)}
+        told = json.dumps({"sums": sums, "texts": features.texts, "t5_length": features.t5.shape[1]})
         # One entry, since safetensors writes several in any order, and equal clips should be equal files.
-        self._put(self.path(key), save({**tensors, **sums}, {_TOLD: f"{zlib.crc32(told.encode())} {told}"}))
+        self._put(self.path(key), save(tensors, {_TOLD: f"{zlib.crc32(told.encode())} {told}"}))
         self._broken_path(key).unlink(missing_ok=True)
 
     def open(self, key: str, name: str) -> StoredClip:
@@ -174,6 +175,27 @@ class FeatureCache:
             return str(error)
         return None
 
+    def stored(self) -> tuple[np.ndarray, np.ndarray]:
+        """Names of the clips that are there, and of those marked as broken, each cut to `SHORT` letters and sorted: S32 arrays.
+
+        The folders are listed once, whatever the number of clips; nothing is opened.
+        """
+        found: dict[str, list[np.ndarray]] = {_STORED: [], _BROKEN: []}
+        for number in range(256):
+            names: dict[str, list[str]] = {_STORED: [], _BROKEN: []}
+            try:
+                with os.scandir(self.folder / "clips" / f"{number:02x}") as entries:
+                    for entry in entries:
+                        stem, dot, suffix = entry.name.rpartition(".")
+                        if dot and f".{suffix}" in names:
+                            names[f".{suffix}"].append(stem[:SHORT])
+            except FileNotFoundError:
+                continue
+            for suffix, stems in names.items():
+                found[suffix].append(np.array(sorted(stems), f"S{SHORT}"))
+        nothing = np.array([], f"S{SHORT}")
+        return np.concatenate([nothing, *found[_STORED]]), np.concatenate([nothing, *found[_BROKEN]])
+
     def mark_broken(self, key: str, reason: str) -> None:
         """Remember that a clip cannot be decoded, so that runs leave it out."""
         self._put(self._broken_path(key), reason.encode())
@@ -191,7 +213,7 @@ class FeatureCache:
             raise CacheError(f"'{path}' cannot be written ({error.strerror}). What was made so far is kept; free some space.") from error
 
     def _broken_path(self, key: str) -> Path:
-        return self.path(key).with_suffix(".broken")
+        return self.path(key).with_suffix(_BROKEN)
 
     @contextmanager
     def _blaming(self, path: Path, name: str) -> Iterator[None]:
@@ -210,24 +232,19 @@ class StoredClip:
     """One clip's file, of which rows are read as they are needed. Made by `FeatureCache.open`.
 
     Attributes:
-        thumbnails: float32 (F, D).
         texts: T of them.
     """
 
     def __init__(self, cache: FeatureCache, path: Path, name: str) -> None:
         self._cache, self._path, self._name = cache, path, name
         self._file: Any = safe_open(path, framework="pt")
-        stored: list[str] = self._file.keys()
-        self._sums = {name.removesuffix(_SUM): self._file.get_tensor(name).tolist() for name in stored if name.endswith(_SUM)}
         checksum, _, text = self._file.metadata()[_TOLD].partition(" ")
         if zlib.crc32(text.encode()) != int(checksum):
             raise ValueError("the checksum of its header differs")
         told = json.loads(text)
-        if sorted(self._sums) != told["tensors"]:
-            raise ValueError("a checksum is missing")
+        self._sums: dict[str, list[int]] = told["sums"]
         self.texts: tuple[str, ...] = tuple(told["texts"])
         self._t5_length: int = told["t5_length"]
-        self.thumbnails: np.ndarray = self._rows("thumbnails", [0])[0].numpy()
 
     def take(self, frames: Sequence[int], text: int) -> SampleFeatures:
         """Features of some frames and one text.
@@ -251,20 +268,20 @@ class StoredClip:
         with self._cache._blaming(self._path, self._name):
             for name, sums in self._sums.items():
                 self._rows(name, range(len(sums)))
-            if not len(self._sums["latents"]) == len(self.thumbnails) or not len(self._sums["clip"]) == len(self.texts):
+            if not len(self._sums["clip"]) == len(self._sums["t5"]) == len(self.texts):
                 raise ValueError("its tensors do not belong together")
 
     def _rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
-        part = self._file.get_slice(name)
-        taken = [part[int(row)] for row in rows]
-        for number, row in zip(rows, taken, strict=True):
-            if _checksum(row) != self._sums[name][number]:
+        taken: torch.Tensor = self._file.get_tensor(name)[list(rows)]  # the tensor is the mapped file: only these rows are read
+        for number, checksum in zip(rows, _checksums(taken), strict=True):
+            if checksum != self._sums[name][number]:
                 raise ValueError(f"the checksum of {name}[{number}] differs")
-        return torch.stack(taken)
+        return taken
 
 
-def _checksum(row: torch.Tensor) -> int:
-    return zlib.crc32(row.contiguous().view(torch.uint8).numpy())
+def _checksums(rows: torch.Tensor) -> list[int]:
+    """CRC-32 of each row."""
+    return [zlib.crc32(row) for row in rows.contiguous().flatten(1).view(torch.uint8).numpy()]
 
 
 def _trimmed(t5: torch.Tensor) -> torch.Tensor:
@@ -275,15 +292,15 @@ def _trimmed(t5: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class CachedClips:
-    """The clips of an index in a cache.
-
-    Attributes:
-        keys: by clip id.
-    """
+    """The clips of an index in a cache; their keys are made when they are asked for."""
 
     cache: FeatureCache
-    keys: dict[int, str]
+    index: ClipIndex
 
-    def open(self, clip_id: int, name: str) -> StoredClip:
+    def key(self, clip_id: int) -> str:
+        """`clip_key` of a clip."""
+        return clip_key(self.index.content(clip_id), self.index.caption(clip_id))
+
+    def open(self, clip_id: int) -> StoredClip:
         """As `FeatureCache.open`."""
-        return self.cache.open(self.keys[clip_id], name)
+        return self.cache.open(self.key(clip_id), self.index.path(clip_id))

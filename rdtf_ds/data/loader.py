@@ -11,20 +11,40 @@ import logging
 import multiprocessing
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from types import TracebackType
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from rdtf_ds.data.dataset import Batch, StickerDataset
+from rdtf_ds.data.batch import Batch
+from rdtf_ds.data.clips.decoder_pool import close_process_pool
+from rdtf_ds.data.dataset import StickerDataset
 from rdtf_ds.data.step_plan import PlanQueue, SamplePlan
 from rdtf_ds.errors import UserError
 from rdtf_ds.processes import die_with_parent
 
 _PREFETCH = 2
 _log = logging.getLogger(__name__)
+
+
+class MicroBatch(NamedTuple):
+    """What a worker is handed: planned samples, and what it does not know yet of the contents that their step does without.
+
+    Attributes:
+        known: contents barred that the same worker was handed before.
+        barred: those that follow them.
+    """
+
+    plans: tuple[SamplePlan, ...]
+    known: int
+    barred: tuple[str, ...]
+
+
+def _none_barred(step: int, known: int) -> tuple[str, ...]:
+    return ()
 
 
 class PlannedLoader:
@@ -38,6 +58,8 @@ class PlannedLoader:
         accumulation: micro-batches of one optimizer step on this rank.
         workers: processes; 0 makes batches in this one. At most ``delay`` × ``accumulation`` are started, more could not be kept busy.
         pin_memory: page-locked tensors, for copies to a GPU.
+        barred: contents that a step does without, beyond the first so many, in an order that never changes (`Quarantine.barred_since`);
+            asked in this process when a micro-batch of the step is handed out. Each worker keeps them, so each is sent to it once.
     """
 
     def __init__(
@@ -50,10 +72,11 @@ class PlannedLoader:
         accumulation: int,
         workers: int,
         pin_memory: bool = False,
+        barred: Callable[[int, int], Sequence[str]] = _none_barred,
     ) -> None:
         self._dataset, self._queue = dataset, queue
         self._rank, self._world, self._micro_batch, self._accumulation = rank, world, micro_batch, accumulation
-        self._pin_memory = pin_memory
+        self._pin_memory, self._barred = pin_memory, barred
         look_ahead = queue.delay * accumulation  # micro-batches
         self.workers = min(workers, look_ahead)
         if self.workers < workers:
@@ -74,6 +97,7 @@ class PlannedLoader:
         """
         if first != self._queue.next_step:
             raise ValueError(f"loading from step {first}, but the plans are at step {self._queue.next_step}")
+        close_process_pool()  # a worker must not inherit this process's decoder
         loader: DataLoader[Batch | UserError] = DataLoader(
             _Messenger(self._dataset),  # type: ignore[arg-type]
             batch_size=None,
@@ -91,34 +115,52 @@ class PlannedLoader:
         finally:
             del batches, loader  # DataLoader ends its workers when its iterator goes
 
-    def micro_batches(self, step: int) -> list[tuple[SamplePlan, ...]]:
-        """This rank's planned micro-batches of a step."""
+    def micro_batches(self, step: int, first: int, handed: list[int]) -> Iterator[MicroBatch]:
+        """This rank's planned micro-batches of a step.
+
+        Args:
+            first: micro-batches handed out before; a DataLoader gives them to its workers in turn.
+            handed: how many barred contents each worker was told of; brought up to date.
+        """
         planned = self._queue.plan(step).for_rank(self._rank, self._world, self._micro_batch)
         if len(planned) != self._accumulation:
             raise ValueError(f"step {step} has {len(planned)} micro-batches for rank {self._rank}, not {self._accumulation}")
-        return planned
+        for number, plans in enumerate(planned, first):
+            worker = number % len(handed)
+            known = handed[worker]
+            barred = tuple(self._barred(step, known))
+            handed[worker] += len(barred)
+            yield MicroBatch(plans, known, barred)
 
 
-class _PlannedMicroBatches(Sampler[tuple[SamplePlan, ...]]):
+class _PlannedMicroBatches(Sampler[MicroBatch]):
     """The micro-batches of steps ``first`` to ``stop``, each step planned when its first one is asked for."""
 
     def __init__(self, loader: PlannedLoader, first: int, stop: int | None) -> None:
         self._loader, self._first, self._stop = loader, first, stop
 
-    def __iter__(self) -> Iterator[tuple[SamplePlan, ...]]:
+    def __iter__(self) -> Iterator[MicroBatch]:
+        handed = [0] * max(self._loader.workers, 1)
+        first = 0
         for step in count(self._first) if self._stop is None else range(self._first, self._stop):
-            yield from self._loader.micro_batches(step)
+            for micro_batch in self._loader.micro_batches(step, first, handed):
+                yield micro_batch
+                first += 1
 
 
 class _Messenger:
-    """Hands a UserError over as a value: a DataLoader would bury its message in a worker's traceback."""
+    """Keeps what a worker was told is barred, and hands a UserError over as a value: a DataLoader would bury its message in a traceback."""
 
     def __init__(self, dataset: StickerDataset) -> None:
         self._dataset = dataset
+        self._barred: set[str] = set()
 
-    def __getitem__(self, micro_batch: tuple[SamplePlan, ...]) -> Batch | UserError:
+    def __getitem__(self, micro_batch: MicroBatch) -> Batch | UserError:
+        if micro_batch.known != len(self._barred):
+            raise RuntimeError(f"this worker knows {len(self._barred)} barred contents, not {micro_batch.known}")
+        self._barred.update(micro_batch.barred)
         try:
-            return self._dataset[micro_batch]
+            return self._dataset.make(micro_batch.plans, self._barred)
         except UserError as error:
             return error
 

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rdtf_ds.curriculum.curriculum import Curriculum, CurriculumState
+from rdtf_ds.data.epoch_order import EpochOrder
 from rdtf_ds.diffusion.masks import MAX_FRAMES, MIN_FRAMES, Mask, Task
 from rdtf_ds.errors import UserError
 from rdtf_ds.seeding import derive_seed, numpy_generator
@@ -71,7 +72,7 @@ class StepPlan:
 
 
 class StepPlanner:
-    """Draws the plan of any step from the curriculum state it is given; holds no state but a cache of permutations.
+    """Draws the plan of any step from the curriculum state it is given; holds no state but a cache of epochs' orders.
 
     Args:
         seed: of the run.
@@ -105,7 +106,7 @@ class StepPlanner:
         self.dual_mask = dual_mask
         self._clip_ids = np.asarray(clip_ids, dtype=np.int64)
         self._frame_counts = np.asarray(frame_counts, dtype=np.int64)
-        self._epochs: OrderedDict[int, npt.NDArray[np.int64]] = OrderedDict()
+        self._epochs: OrderedDict[int, EpochOrder] = OrderedDict()
         if self._clip_ids.ndim != 1 or self._clip_ids.shape != self._frame_counts.shape:
             raise ValueError(f"clip_ids {self._clip_ids.shape} and frame_counts {self._frame_counts.shape} must be aligned 1-D arrays")
         if self._clip_ids.size == 0:
@@ -144,7 +145,7 @@ class StepPlanner:
         Once all clips had their turn, only the last one's row is barred.
         """
         epoch, position = divmod(number, self._clip_ids.size)
-        tried = [int(self._permutation(epoch)[position])]
+        tried = [self._order(epoch)[position]]
         for again in range(1, attempt + 1 if self._clip_ids.size > 1 else 1):
             if len(tried) == self._clip_ids.size:
                 tried = tried[-1:]
@@ -154,10 +155,10 @@ class StepPlanner:
             tried.append(row)
         return tried[-1]
 
-    def _permutation(self, epoch: int) -> npt.NDArray[np.int64]:
+    def _order(self, epoch: int) -> EpochOrder:
         """Rows of ``clip_ids`` in the order of one epoch, from (seed, epoch) alone."""
         if epoch not in self._epochs:
-            self._epochs[epoch] = numpy_generator(self.seed, epoch, "order").permutation(self._clip_ids.size)
+            self._epochs[epoch] = EpochOrder(self._clip_ids.size, numpy_generator(self.seed, epoch, "order"))
             if len(self._epochs) > _CACHED_EPOCHS:
                 self._epochs.popitem(last=False)
         return self._epochs[epoch]

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from rdtf_ds.data.writing import write_clip
+from rdtf_ds.data.clips.writing import write_clip
 from rdtf_ds.seeding import numpy_generator
 
 COLOURS: dict[str, tuple[int, int, int]] = {

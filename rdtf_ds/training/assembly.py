@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,14 @@ from rdtf_ds.curriculum.curriculum import Curriculum
 from rdtf_ds.curriculum.loss_signal import TimestepNormaliser
 from rdtf_ds.curriculum.pid import PIDController, PIDGains
 from rdtf_ds.curriculum.static import StaticSchedule
-from rdtf_ds.data.clip import ClipError, DecodeLimits
-from rdtf_ds.data.dataset import DropRates, LatentShape, StickerDataset
-from rdtf_ds.data.decoding import decode_clip
+from rdtf_ds.data.clips.clip import ClipError
+from rdtf_ds.data.clips.decoding import decode_clip
+from rdtf_ds.data.clips.writing import write_atomically
 from rdtf_ds.data.feature_cache import CachedClips
-from rdtf_ds.data.index import ClipIndex, build_index
+from rdtf_ds.data.indexing.index import ClipIndex
 from rdtf_ds.data.loader import PlannedLoader
 from rdtf_ds.data.quarantine import Problem, Quarantine
 from rdtf_ds.data.step_plan import PlanQueue, StepPlan, StepPlanner
-from rdtf_ds.data.synthetic import write_stickers
-from rdtf_ds.data.writing import write_atomically
 from rdtf_ds.diffusion.loss import alphas_cumprod
 from rdtf_ds.diffusion.masks import Task
 from rdtf_ds.errors import UserError
@@ -36,13 +33,14 @@ from rdtf_ds.experiment import Experiment
 from rdtf_ds.models.dfgn import DFGN
 from rdtf_ds.pipeline import RDTFPipeline
 from rdtf_ds.seeding import derive_seed
-from rdtf_ds.training.caching import open_cache
 from rdtf_ds.training.checkpoint import Identity
 from rdtf_ds.training.collectives import gather_objects, on_rank_zero
+from rdtf_ds.training.data_assembly import build_dataset, build_quarantine, data_root, decode_limits, open_data
 from rdtf_ds.training.ema import ShardedEMA
 from rdtf_ds.training.encoders import build_source, encoder_dtype, load_encoders
 from rdtf_ds.training.engine import TrainingEngine
 from rdtf_ds.training.incidents import BadSteps, Incidents
+from rdtf_ds.training.kept_index import index_keys, name_of, named_by
 from rdtf_ds.training.objective import FrozenEncoders, Objective
 from rdtf_ds.training.optimizer import ParameterGroup, split_parameters
 from rdtf_ds.training.validation import Request, make_requests
@@ -50,7 +48,6 @@ from rdtf_ds.training.validation_pipeline import LatePipeline, around
 from rdtf_ds.training.visiting_pipeline import visiting_pipeline
 
 PIXEL_GUIDANCE_CHANNELS = 4
-STICKERS = "stickers"
 
 
 @dataclass
@@ -59,6 +56,7 @@ class Run:
 
     Attributes:
         cached: The clips' features, if it trains from a cache of them.
+        reindexed: All clips were listed and examined again since the newest checkpoint, so what it holds of bad ones is out of date.
         failed_saves: Checkpoints that could not be written since this start.
         went_bad_at, weights_went_bad: Where the numbers of the last bad step first stopped being finite; whether in the weights.
         last_applied: Plan of the last step that changed the weights.
@@ -78,6 +76,7 @@ class Run:
     store: CheckpointStore
     incidents: Incidents
     bad_steps: BadSteps
+    reindexed: bool = False
     failed_saves: int = 0
     went_bad_at: str = ""
     weights_went_bad: bool = False
@@ -90,7 +89,8 @@ class Run:
         keys = rdtf.model_dump(mode="json", include={"data", "curriculum", "diffusion", "encoders", "optimizer", "ema"})
         keys["curriculum"]["static_steps"] = schedule_steps(rdtf)
         keys["memory"] = {"encoders": rdtf.memory.encoders}  # features from a cache differ by rounding, and in which words are hidden
-        del keys["data"]["data_dir"], keys["data"]["workers"]  # neither changes what a sample is: the fingerprint speaks for the clips
+        for key in ("data_dir", "index_dir", "workers"):
+            del keys["data"][key]  # none changes what a sample is: the fingerprint speaks for the clips
         del keys["ema"]["device"]  # a place, no state
         return Identity(
             must_match={
@@ -121,12 +121,13 @@ class Run:
             "precision": self.experiment.precision,
             "config_sha256": config_hash(self.experiment),
             "model": model_config(self.engine.model),
+            "index": name_of(self.index, index_keys(self.experiment.rdtf, data_root(self.experiment.rdtf, self.folder))).to_json(),
         }
 
-    def merge_problems(self, problems: list[Problem]) -> None:
-        """Quarantine what any rank could not decode, on all ranks alike, so that all stop together past the limit."""
+    def merge_problems(self, problems: list[Problem], step: int) -> None:
+        """Quarantine what any rank could not decode in a step, on all ranks alike, so that all stop together past the limit."""
         everyones = [problem for part in gather_objects(problems) for problem in part]
-        self.quarantine.merge(sorted(everyones, key=lambda problem: (problem.sample_number or 0, problem.path)))
+        self.quarantine.merge(sorted(everyones, key=lambda problem: (problem.sample_number or 0, problem.path)), step)
 
 
 def schedule_steps(rdtf: RDTFSection) -> int:
@@ -147,32 +148,27 @@ def config_hash(experiment: Experiment) -> str:
     return hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()
 
 
-def build_run(experiment: Experiment, rank: int, world_size: int, device: torch.device) -> Run:
+def build_run(experiment: Experiment, rank: int, world_size: int, device: torch.device, reindex: bool = False) -> Run:
     """Folder, data, encoders, network, optimizer and curriculum of a run; called by all ranks.
+
+    Args:
+        reindex: Take the clips as they are now, not as the index of the run's checkpoint has them.
 
     Raises:
         UserError: Whatever the experiment names is missing, unusable or unwritable; on all ranks alike.
     """
     rdtf = experiment.rdtf
     folder = Path(rdtf.output_dir)
-    index, cached = on_rank_zero(lambda: open_data(experiment, folder))
-    quarantine = Quarantine(folder / "quarantine.jsonl", rdtf.data.max_bad_fraction, len(index.rows), write=rank == 0)
-    quarantine.merge(index.problems)
+    store = build_store(rdtf, folder)
+    named = on_rank_zero(lambda: named_by(store))
+    index, cached = open_data(experiment, folder, device, named, reindex)
+    reindexed = named is not None and (reindex or name_of(index, {}).fingerprint != named.fingerprint)
+    quarantine = build_quarantine(rdtf, folder, index, write=rank == 0, anew=reindexed)
 
     source = build_source(experiment, cached, device)
     torch.manual_seed(derive_seed(rdtf.seed, "model"))
     model = build_model(rdtf, source.latent.channels, source.clip_dim, source.t5_dim)
-    settings = rdtf.optimizer
-    engine = TrainingEngine(
-        model,
-        split_model(model, rdtf),
-        experiment.deepspeed_config(world_size),
-        learning_rate=settings.learning_rate,
-        warmup_steps=settings.warmup_steps,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-    )
+    engine = _build_engine(model, experiment, world_size)
     shards = {group.name: master for group, master in zip(engine.groups, engine.masters, strict=True)}
     waits_on = torch.device("cpu") if rdtf.ema.device == "cpu" else None
     ema = ShardedEMA(shards, rdtf.ema.decay, waits_on) if rdtf.ema.enabled else None
@@ -190,6 +186,7 @@ def build_run(experiment: Experiment, rank: int, world_size: int, device: torch.
         experiment.accumulation(world_size),
         rdtf.data.workers,
         pin_memory=device.type == "cuda",
+        barred=quarantine.barred_since,
     )
     diffusion = rdtf.diffusion
     objective = Objective(
@@ -212,9 +209,24 @@ def build_run(experiment: Experiment, rank: int, world_size: int, device: torch.
         queue,
         loader,
         quarantine,
-        build_store(rdtf, folder),
+        store,
         Incidents(folder / "incidents.jsonl", write=rank == 0),
         BadSteps(rdtf.watchdog.bad_steps),
+        reindexed,
+    )
+
+
+def _build_engine(model: DFGN, experiment: Experiment, world_size: int) -> TrainingEngine:
+    settings = experiment.rdtf.optimizer
+    return TrainingEngine(
+        model,
+        split_model(model, experiment.rdtf),
+        experiment.deepspeed_config(world_size),
+        learning_rate=settings.learning_rate,
+        warmup_steps=settings.warmup_steps,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
     )
 
 
@@ -244,38 +256,6 @@ def write_config(folder: Path, experiment: Experiment) -> None:
         write_atomically(folder / "config.json", (json.dumps(experiment.resolved(), indent=2) + "\n").encode())
     except OSError as error:
         raise UserError(f"'{folder / 'config.json'}' cannot be written ({error.strerror}). Free some space and start again.") from error
-
-
-def open_data(experiment: Experiment, folder: Path) -> tuple[ClipIndex, CachedClips | None]:
-    """Index of the clips, and their features if the run trains from a cache; by rank 0, for all."""
-    index = make_index(experiment.rdtf, folder)
-    if experiment.rdtf.memory.encoders != "cached":
-        return index, None
-    cached, index = open_cache(experiment, index)
-    return index, cached
-
-
-def make_index(rdtf: RDTFSection, folder: Path) -> ClipIndex:
-    """Index of the data folder, or of stickers made on the spot when none is given."""
-    root = rdtf.data.data_dir
-    if root is None:
-        stickers = folder / STICKERS
-        if not (stickers / "metadata.jsonl").is_file():  # written last
-            shutil.rmtree(stickers, ignore_errors=True)
-            write_stickers(stickers, rdtf.data.synthetic_clips, rdtf.seed, rdtf.data.image_size)
-        root = str(stickers)
-    return build_index(root, decode_limits(rdtf), cache=folder / "index.parquet")
-
-
-def decode_limits(rdtf: RDTFSection) -> DecodeLimits:
-    data = rdtf.data
-    return DecodeLimits(
-        max_pixels=data.max_pixels,
-        max_frames=data.max_frames,
-        max_source_frames=data.max_source_frames,
-        max_bytes=data.max_bytes,
-        timeout_s=data.decode_timeout_s,
-    )
 
 
 def build_model(rdtf: RDTFSection, latent_channels: int, clip_dim: int, t5_dim: int) -> DFGN:
@@ -338,25 +318,6 @@ def build_planner(experiment: Experiment, curriculum: Curriculum, clip_ids: np.n
     )
 
 
-def build_dataset(rdtf: RDTFSection, index: ClipIndex, latent: LatentShape, cached: CachedClips | None = None) -> StickerDataset:
-    """Makes the planned micro-batches, of clips or of their cached features."""
-    data = rdtf.data
-    drops = DropRates(data.word_hide_probability, data.no_text_probability, data.no_image_probability, data.neither_probability)
-    return StickerDataset(
-        index,
-        rdtf.seed,
-        latent,
-        data.image_size,
-        background=data.background,
-        limits=decode_limits(rdtf),
-        drops=drops,
-        timesteps=rdtf.diffusion.steps,
-        frames=data.frames,
-        dual_mask=data.dual_mask,
-        cached=cached,
-    )
-
-
 def build_pipeline(run: Run) -> RDTFPipeline | LatePipeline:
     """The generation pipeline around the live network, for validation.
 
@@ -378,17 +339,27 @@ def build_pipeline(run: Run) -> RDTFPipeline | LatePipeline:
 
 
 def validation_requests(run: Run) -> list[Request]:
-    """The same clips to make at every validation of a run, read once, by rank 0; called by all ranks."""
+    """The same clips to make at every validation of a run, read once, by rank 0; called by all ranks.
+
+    They are held-out ones, if there are any.
+    """
     rdtf, index = run.experiment.rdtf, run.index
 
     def decode(clip_id: int) -> np.ndarray | None:
         try:
-            return decode_clip(index.root / index.rows[clip_id].path, rdtf.data.image_size, rdtf.data.background, decode_limits(rdtf))
+            return decode_clip(
+                index.place(clip_id),
+                rdtf.data.image_size,
+                rdtf.data.background,
+                decode_limits(rdtf),
+                content=index.content(clip_id),
+                window=index.window(clip_id),
+            )
         except ClipError:
             return None  # training will meet it and quarantine it
 
-    clip_ids = index.trainable.tolist()
+    clip_ids = index.held_out if len(index.held_out) else index.trainable
     # What every rank read for itself could differ, were a file slow or unreadable for one of them.
     return on_rank_zero(
-        lambda: make_requests(rdtf.seed, rdtf.validation.clips, clip_ids, lambda clip: index.rows[clip].caption, decode, rdtf.data.frames)
+        lambda: make_requests(rdtf.seed, rdtf.validation.clips, clip_ids, index.caption, decode, rdtf.data.frames)
     )

@@ -8,17 +8,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange
 from tqdm import tqdm
 
-from rdtf_ds.data.clip import ClipError
-from rdtf_ds.data.clustering import frame_features
+from rdtf_ds.data.clips.clip import ClipError
 from rdtf_ds.data.feature_cache import ClipFeatures, FeatureCache, caption_texts
-from rdtf_ds.data.index import ClipIndex
+from rdtf_ds.data.indexing.index import ClipIndex
 from rdtf_ds.data.quarantine import Problem
 from rdtf_ds.diffusion.guidance import pixel_guidance
 from rdtf_ds.errors import UserError
@@ -30,7 +28,6 @@ from rdtf_ds.training.caching import clip_keys
 # bf16 has fewer digits than fp16, and scaled latents need none of its range.
 _LATENTS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.float16}
 _TEXT = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
 
 
 @dataclass(frozen=True)
@@ -73,46 +70,50 @@ class FeatureMaker:
             everything = torch.ones(1, len(frames), dtype=torch.bool, device=self.device)
             guidance = pixel_guidance(pixels, everything, (latents.shape[-2], latents.shape[-1]))[:, :3]
             small = rearrange(guidance, "1 c f h w -> f c h w").to("cpu", dtype)
-        return ClipFeatures(stored, torch.from_numpy(frame_features(frames)), texts, text.clip, text.t5, small)
+        return ClipFeatures(stored, texts, text.clip, text.t5, small)
 
 
 @dataclass(frozen=True)
 class Filled:
-    """What became of the clips: made now, found whole, not decodable."""
+    """What became of the clips: made now, found whole, not decodable, not decoded this time for a reason that may pass."""
 
     made: int
     kept: int
     broken: Sequence[Problem]
+    put_off: Sequence[Problem] = ()
 
 
-def fill_cache(cache: FeatureCache, index: ClipIndex, decode: Callable[[Path], np.ndarray], make: FeatureMaker) -> Filled:
+def fill_cache(cache: FeatureCache, index: ClipIndex, decode: Callable[[int], np.ndarray], make: FeatureMaker) -> Filled:
     """Make what the cache lacks of an index, or holds damaged; shows a bar on standard error.
 
     Several processes may work at once: each goes its own way through the clips, and none makes what is there when it gets to it.
 
     Args:
-        decode: a clip's frames, uint8 (F, H, W, 3).
+        decode: all kept frames of a clip by its id, uint8 (F, H, W, 3).
 
     Raises:
         CacheError: The cache cannot be written.
         UserError: Features that are not finite.
     """
-    clips = {key: index.rows[clip_id] for clip_id, key in clip_keys(index).items()}  # equal ones once
-    order = numpy_generator("order of a process", os.getpid()).permutation(np.array(list(clips), dtype=object))
-    made, broken = 0, []
-    for key in tqdm(order, desc="clips", unit="clip", smoothing=0.05):
+    keys, first = np.unique(clip_keys(index), return_index=True)  # equal clips once
+    made = 0
+    broken: list[Problem] = []
+    put_off: list[Problem] = []
+    for place in tqdm(numpy_generator("order of a process", os.getpid()).permutation(len(keys)), desc="clips", unit="clip", smoothing=0.05):
+        key, clip_id = keys[place].decode(), int(index.trainable[first[place]])
         if cache.flaw(key) is None:
             continue
-        row = clips[key]
         try:
-            frames = decode(index.root / row.path)
-            expected = min(row.num_frames, index.max_frames)
-            if len(frames) != expected:
-                raise ClipError(row.path, f"has {len(frames)} frames, but had {expected} when it was indexed: the file has changed")
+            frames = decode(clip_id)
         except ClipError as error:
-            cache.mark_broken(key, error.reason)
-            broken.append(Problem(row.path, error.reason))
+            problem = Problem(index.path(clip_id), error.reason, content=index.content(clip_id))
+            if error.transient:  # marked, it would be left out of every run
+                put_off.append(problem)
+            else:
+                cache.mark_broken(key, error.reason)
+                broken.append(problem)
             continue
-        cache.write(key, make(frames, row.caption))
+        cache.write(key, make(frames, index.caption(clip_id)))
         made += 1
-    return Filled(made, len(clips) - made - len(broken), sorted(broken, key=lambda problem: problem.path))
+    kept = len(keys) - made - len(broken) - len(put_off)
+    return Filled(made, kept, *(sorted(problems, key=lambda problem: problem.path) for problems in (broken, put_off)))

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import logging
-import os
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from rdtf_ds.config import EncodersSection
 from rdtf_ds.data.cache_header import CacheError, CacheHeader
-from rdtf_ds.data.feature_cache import CachedClips, FeatureCache, clip_key
-from rdtf_ds.data.index import BROKEN, ClipIndex
+from rdtf_ds.data.feature_cache import SHORT, FeatureCache, clip_key
+from rdtf_ds.data.indexing.index import ClipIndex
 from rdtf_ds.errors import UserError
 from rdtf_ds.experiment import Experiment
 from rdtf_ds.models.autoencoder import AUTOENCODER, FrameAutoencoder
-from rdtf_ds.models.local_weights import is_here, weights_hash
+from rdtf_ds.models.local_weights import KnownHashes, is_here, tokenizer_hash, weights_hash
 from rdtf_ds.models.text_conditioning import CLIP, CLIP_TOKENIZER, T5, T5_TOKENIZER, TextEncoders
 
 _log = logging.getLogger(__name__)
@@ -23,17 +22,23 @@ PARTS = {"autoencoder": (AUTOENCODER,), "clip": (CLIP, CLIP_TOKENIZER), "t5": (T
 """Of each source of ``rdtf.encoders``, what is loaded from it; the first has the weights."""
 
 
-def cache_identity(experiment: Experiment) -> dict[str, Any]:
+def cache_identity(experiment: Experiment, write: bool = True) -> dict[str, Any]:
     """By dotted key, everything the features of a clip depend on beside the clip; see `CacheHeader`.
 
     ``precision`` stands for the encoders' and the stored features' dtypes. Limits of decoding that only refuse files are left out: what
-    they let through is the same.
+    they let through is the same. What frames are chosen by is named although it is in the index: samples made with the cache hang on it.
+
+    Args:
+        write: Whether hashes of the encoders' weights may be remembered in the cache's folder.
     """
     rdtf, sources = experiment.rdtf, experiment.rdtf.encoders
-    identity: dict[str, Any] = {
-        f"rdtf.encoders.{name}": {"source": (source := getattr(sources, name)), "weights": weights_hash(source, parts[0])}
-        for name, parts in PARTS.items()
-    }
+    hashes = KnownHashes(rdtf.memory.cache_dir, write)
+    identity: dict[str, Any] = {}
+    for name, parts in PARTS.items():
+        source = getattr(sources, name)
+        identity[f"rdtf.encoders.{name}"] = {"source": source, "weights": weights_hash(source, parts[0], hashes)}
+        for tokenizer in parts[1:]:
+            identity[f"rdtf.encoders.{name}"]["tokenizer"] = tokenizer_hash(source, tokenizer)
     return identity | {
         "rdtf.encoders.text_length": sources.text_length,
         "rdtf.encoders.t5_dtype": sources.t5_dtype,
@@ -41,6 +46,7 @@ def cache_identity(experiment: Experiment) -> dict[str, Any]:
         "rdtf.data.image_size": rdtf.data.image_size,
         "rdtf.data.background": list(rdtf.data.background),
         "rdtf.data.max_frames": rdtf.data.max_frames,
+        "rdtf.data.frame_features": rdtf.data.frame_features,
         "rdtf.data.word_hide_probability": rdtf.data.word_hide_probability,
         "rdtf.model.guidance": rdtf.model.guidance,
     }
@@ -57,27 +63,19 @@ def absent_encoders(sources: EncodersSection) -> list[str]:
     return [f"rdtf.encoders.{name}" for name, parts in PARTS.items() if not is_here(getattr(sources, name), *parts)]
 
 
-def clip_keys(index: ClipIndex) -> dict[int, str]:
-    """Key of every trainable clip, by id. Reads all their bytes.
-
-    Raises:
-        CacheError: A clip is gone or cannot be read.
-    """
-    rows = [index.rows[clip_id] for clip_id in index.trainable.tolist()]
-
-    def key(path: str, caption: str) -> str:
-        try:
-            return clip_key(index.root / path, caption)
-        except OSError as error:
-            raise CacheError(f"'{index.root / path}' cannot be read any more: {error.strerror or error}. Start again.") from error
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing lets other threads run
-        keys = pool.map(key, (row.path for row in rows), (row.caption for row in rows))
-        return dict(zip((row.clip_id for row in rows), keys, strict=True))
+def clip_keys(index: ClipIndex) -> np.ndarray:
+    """`clip_key` of every trainable clip, S64, aligned with ``index.trainable``. Reads nothing but the index."""
+    keys = np.empty(len(index.trainable), "S64")
+    for place, clip_id in enumerate(index.trainable):
+        keys[place] = clip_key(index.content(clip_id), index.caption(clip_id))
+    return keys
 
 
-def fitting_cache(experiment: Experiment) -> FeatureCache:
+def fitting_cache(experiment: Experiment, write: bool = True) -> FeatureCache:
     """The cache that a run names.
+
+    Args:
+        write: As `cache_identity` has it.
 
     Raises:
         CacheError: No cache, or one of another experiment.
@@ -90,7 +88,7 @@ def fitting_cache(experiment: Experiment) -> FeatureCache:
             "validation do: train without them, --set rdtf.validation.interval=0, or put the encoders here."
         )
     cache = FeatureCache(rdtf.memory.cache_dir or "")
-    identity = cache_identity(experiment)
+    identity = cache_identity(experiment, write)
     cache.require(identity)
     known = {key for key, value in cache.header.identity.items() if isinstance(value, dict) and value["weights"]}
     if unseen := sorted(key for key in known if identity[key]["weights"] is None):
@@ -98,8 +96,8 @@ def fitting_cache(experiment: Experiment) -> FeatureCache:
     return cache
 
 
-def open_cache(experiment: Experiment, index: ClipIndex) -> tuple[CachedClips, ClipIndex]:
-    """The run's cache, and the index without the clips that could not be decoded when it was made.
+def open_cache(experiment: Experiment, index: ClipIndex) -> ClipIndex:
+    """See that the run's cache has its clips; the index without those that could not be decoded when it was made.
 
     Raises:
         CacheError: It lacks some clip of the index, or no clip of the index could be decoded.
@@ -107,16 +105,21 @@ def open_cache(experiment: Experiment, index: ClipIndex) -> tuple[CachedClips, C
     """
     cache = fitting_cache(experiment)
     keys = clip_keys(index)
-    absent = [clip_id for clip_id, key in keys.items() if not cache.path(key).is_file()]
-    reasons = {clip_id: reason for clip_id in absent if (reason := cache.broken(keys[clip_id])) is not None}
-    if missing := [clip_id for clip_id in absent if clip_id not in reasons]:
+    stored, broken = (_are_in(keys.astype(f"S{SHORT}"), names) for names in cache.stored())
+    if len(missing := np.flatnonzero(~stored & ~broken)):
         raise CacheError(
             f"{len(missing)} of {len(keys)} clips are not in the feature cache '{cache.folder}', the first one "
-            f"'{index.rows[missing[0]].path}'. Extend it: {cache.make_command(index.root)}"
+            f"'{index.path(index.trainable[missing[0]])}'. Extend it: {cache.make_command(index.root)}"
         )
-    if len(reasons) == len(keys):
+    if not stored.any():
         raise CacheError(f"nothing to train on: no clip of '{index.root}' could be decoded for the feature cache '{cache.folder}'.")
-    rows = [
-        replace(row, status=BROKEN, reason=reasons[row.clip_id]) if row.clip_id in reasons else row for row in index.rows
-    ]
-    return CachedClips(cache, keys), replace(index, rows=tuple(rows))
+    gone = np.flatnonzero(~stored)
+    return index.without({int(index.trainable[at]): cache.broken(keys[at].decode()) or "could not be decoded" for at in gone})
+
+
+def _are_in(wanted: np.ndarray, names: np.ndarray) -> np.ndarray:
+    """Whether each is among the sorted names."""
+    if not len(names):
+        return np.zeros(len(wanted), bool)
+    found: np.ndarray = names[np.minimum(np.searchsorted(names, wanted), len(names) - 1)] == wanted
+    return found

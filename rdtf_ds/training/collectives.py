@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -33,6 +35,63 @@ def on_rank_zero(make: Callable[[], T]) -> T:
         raise on_every_rank(answer[1])
     value: T = answer[0]
     return value
+
+
+def patiently_on_rank_zero(work: Callable[[Callable[[], None]], T], beat: Callable[[], None], every_s: float = 5.0) -> T:
+    """``work(progress)`` run by rank 0 alone, however long it takes; its value, or what it raises, on every rank.
+
+    Rank 0 works in a thread of its own. Meanwhile all ranks meet every few seconds, so that no collective waits past its timeout, and
+    ``beat`` wherever ``progress`` was called since: work that hangs is silence, which a watchdog hears on every rank.
+
+    Args:
+        work: calls ``progress`` whenever it got on, from any thread. Its value must be picklable.
+    """
+    answer: list[Any] = [None, None]  # value, error
+    steps, done = [0], threading.Event()
+    if dist.get_rank() == 0:
+
+        def progress() -> None:
+            steps[0] += 1
+
+        def run() -> None:
+            try:
+                answer[0] = work(progress)
+            except BaseException as error:  # every end of it must reach the ranks that wait
+                answer[1] = error
+            finally:
+                done.set()
+
+        threading.Thread(target=run, name="work for all ranks", daemon=True).start()
+    device, seen = "cuda" if dist.get_backend() == "nccl" else "cpu", 0
+    while True:
+        status = torch.tensor([done.wait(every_s), steps[0]] if dist.get_rank() == 0 else [0, 0], device=device)
+        dist.broadcast(status, src=0)
+        finished, count = status.tolist()
+        if count != seen:
+            seen = count
+            beat()
+        if finished:
+            break
+    return _told_to_all(answer)
+
+
+def _told_to_all(answer: list[Any]) -> Any:
+    """The value or error that rank 0 has, on every rank."""
+    error = answer[1]
+    told = [answer[0], error if error is None or _travels(error) else RuntimeError(f"rank 0: {type(error).__name__}: {error}")]
+    dist.broadcast_object_list(told, src=0)
+    if error is None:
+        error = told[1]
+    if error is not None:
+        raise on_every_rank(error) if isinstance(error, UserError) else error
+    return told[0]
+
+
+def _travels(error: BaseException) -> bool:
+    try:
+        return isinstance(pickle.loads(pickle.dumps(error)), type(error))
+    except Exception:
+        return False
 
 
 def any_rank(*flags: bool) -> list[bool]:

@@ -15,6 +15,7 @@ def parse_arguments(arguments: list[str], about: str | None = None) -> argparse.
     parser.add_argument("--seed", type=int, metavar="N", help="seed of everything random (rdtf.seed)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key, dotted; repeat for more")
     parser.add_argument("--dry_run", action="store_true", help="print the resolved plan of the run and stop")
+    parser.add_argument("--reindex", action="store_true", help="resume with the clips as they are now, not as the run began with them")
     parser.add_argument("--ignore_memory_plan", action="store_true", help="start a run that is predicted not to fit into memory")
     parser.add_argument("--traceback", action="store_true", help="show tracebacks of errors")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it

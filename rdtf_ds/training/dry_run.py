@@ -1,4 +1,7 @@
-"""The resolved plan of a run, in text: what would be trained, on what, in which steps. Nothing is written, no weights are loaded."""
+"""The resolved plan of a run, in text: what would be trained, on what, in which steps. Nothing is written, no weights are loaded.
+
+Of clips that no index knows yet at most `EXAMINED_AT_MOST` are examined for it, and none if that takes a model; then clips are counted.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,24 +20,32 @@ from transformers import CLIPTextConfig, T5Config
 from rdtf_ds.config import RDTFSection
 from rdtf_ds.data.cache_header import HEADER, CacheError
 from rdtf_ds.data.feature_cache import FeatureCache
-from rdtf_ds.data.index import build_index
-from rdtf_ds.data.quarantine import Problem, Quarantine, TooManyBadFiles
+from rdtf_ds.data.indexing.index import ClipIndex
+from rdtf_ds.data.indexing.index_rows import take_over, to_examine
+from rdtf_ds.data.indexing.index_segments import IndexSettings, read_segments
+from rdtf_ds.data.quarantine import TooManyBadFiles
+from rdtf_ds.data.sources.sources import list_clips
 from rdtf_ds.data.step_plan import PlanQueue, StepPlan
 from rdtf_ds.diffusion.masks import MAX_FRAMES
 from rdtf_ds.errors import UserError
 from rdtf_ds.experiment import Experiment
 from rdtf_ds.models.autoencoder import AUTOENCODER, load_autoencoder
+from rdtf_ds.models.frame_encoder import IMAGE_ENCODER, CLIPFrames
+from rdtf_ds.models.local_weights import KnownHashes, is_here
 from rdtf_ds.models.missing import EncoderNotFound, load_part
 from rdtf_ds.models.text_conditioning import CLIP, T5
 from rdtf_ds.models.tiny_encoders import tiny_width
-from rdtf_ds.training.assembly import build_curriculum, build_model, build_planner, decode_limits, split_model
+from rdtf_ds.training.assembly import build_curriculum, build_model, build_planner, split_model
 from rdtf_ds.training.caching import fitting_cache
+from rdtf_ds.training.data_assembly import THUMBNAIL, build_quarantine, decode_limits, index_clips, index_folder
 from rdtf_ds.training.memory_check import foretell
 from rdtf_ds.training.optimizer import warmed_up
 
 TABLE_6_WIDTHS = (4, 1024, 1024)
 """Latent channels, CLIP and T5 widths of the default encoders, when they are not at hand."""
 NOT_READY = "NOT READY: "
+EXAMINED_AT_MOST = 2000
+"""More would take longer than one waits for a plan: about 20 a second and core."""
 
 
 def describe(experiment: Experiment, world_size: int, device: torch.device) -> str:
@@ -67,7 +80,7 @@ def _lines(experiment: Experiment, world_size: int, device: torch.device) -> Ite
     for step in (0, rdtf.max_steps // 2, rdtf.max_steps):
         probability = curriculum.schedule.probability(step)
         yield f"schedule        step {step}: " + ", ".join(f"{task.value} {p:.3f}" for task, p in probability.items())
-    clip_ids, frame_counts, told, broken = _clips(experiment)
+    clip_ids, frame_counts, told, broken = _clips(experiment, device)
     yield f"data            {told}"
     yield from broken
     steps_per_epoch = len(clip_ids) / experiment.global_batch
@@ -132,7 +145,7 @@ def _cache_faults(experiment: Experiment) -> Iterator[str]:
     memory = experiment.rdtf.memory
     if memory.encoders == "cached" and (Path(memory.cache_dir or "") / HEADER).is_file():
         try:
-            fitting_cache(experiment)
+            fitting_cache(experiment, write=False)
         except UserError as error:
             yield f"{NOT_READY}{error}"
 
@@ -145,12 +158,12 @@ def _device_faults(experiment: Experiment, world_size: int, device: torch.device
         yield f"{NOT_READY}{error}"
 
 
-def _data_faults(rdtf: RDTFSection, problems: list[Problem], total: int) -> Iterator[str]:
-    quarantine = Quarantine(Path(rdtf.output_dir) / "quarantine.jsonl", rdtf.data.max_bad_fraction, total, write=False)
+def _data_faults(rdtf: RDTFSection, index: ClipIndex) -> list[str]:
     try:
-        quarantine.merge(problems)
+        build_quarantine(rdtf, Path(rdtf.output_dir), index, write=False)
     except TooManyBadFiles as error:
-        yield f"{NOT_READY}{error}"
+        return [f"{NOT_READY}{error}"]
+    return []
 
 
 def _folder_faults(folder: Path) -> Iterator[str]:
@@ -161,16 +174,47 @@ def _folder_faults(folder: Path) -> Iterator[str]:
         yield f"{NOT_READY}The output folder '{folder}' cannot be written: '{there}' {fault}. Give another with --output_dir."
 
 
-def _clips(experiment: Experiment) -> tuple[np.ndarray, np.ndarray, str, Iterator[str]]:
+def _clips(experiment: Experiment, device: torch.device) -> tuple[np.ndarray, np.ndarray, str, list[str]]:
     """Clip ids, their frame counts, a line about them, and what would stop the run."""
-    data = experiment.rdtf.data
-    if data.data_dir is None:
-        count = data.synthetic_clips
+    rdtf = experiment.rdtf
+    if rdtf.data.data_dir is None:
+        count = rdtf.data.synthetic_clips
         told = f"{count} stickers, made at the start; the plans below assume {MAX_FRAMES} frames each"
-        return np.arange(count), np.full(count, MAX_FRAMES), told, iter(())
-    index = build_index(data.data_dir, decode_limits(experiment.rdtf))
-    faults = _data_faults(experiment.rdtf, index.problems, len(index.rows))
-    return index.trainable, index.frame_counts, index.summary(), faults
+        return np.arange(count), np.full(count, MAX_FRAMES), told, []
+    kept = index_folder(rdtf, Path(rdtf.output_dir))
+    listed, unknown = _not_indexed(rdtf, kept)
+    if unknown > (EXAMINED_AT_MOST if rdtf.data.frame_features == THUMBNAIL else 0):
+        told = (
+            f"{unknown} of {listed} clips are not indexed yet: the run's start does it, or ahead of it python tools/index_data.py "
+            f"{rdtf.data.data_dir} --out {kept}; the plans below assume that all can be trained on, with {MAX_FRAMES} frames each"
+        )
+        return np.arange(listed), np.full(listed, MAX_FRAMES), told, []
+    with TemporaryDirectory(prefix="rdtf-dry-run-") as copy:
+        _link_examined(kept, Path(copy))
+        index = index_clips(rdtf, rdtf.data.data_dir, Path(copy), device)
+        return index.trainable, index.frame_counts, index.summary(), _data_faults(rdtf, index)
+
+
+def _not_indexed(rdtf: RDTFSection, kept: Path) -> tuple[int, int]:
+    """How many clips there are, and how many of them would be examined."""
+    listing = list_clips(Path(rdtf.data.data_dir or ""))
+    model = rdtf.data.frame_features
+    features: dict[str, Any] = {}
+    if model != THUMBNAIL:
+        if not is_here(model, IMAGE_ENCODER) and not Path(model).is_dir():  # on the hub: fetching it is not for a plan
+            return listing.table.num_rows, listing.table.num_rows
+        clip = CLIPFrames(model, torch.device("cpu"), KnownHashes(kept, write=False))
+        features = {"features": clip.identity, "dim": clip.dim, "dtype": "float16"}
+    settings = IndexSettings(listing.root, decode_limits(rdtf), rdtf.data.background, video_clip_s=rdtf.data.video_clip_s, **features)
+    clips, _ = take_over(listing.table, read_segments(kept, settings))
+    return listing.table.num_rows, len(to_examine(listing.table, clips))
+
+
+def _link_examined(folder: Path, copy: Path) -> None:
+    """What is examined already need not be again; what is examined now goes into the copy alone."""
+    for source in folder.glob("rows-*/*"):
+        (copy / source.parent.name).mkdir(exist_ok=True)
+        (copy / source.parent.name / source.name).symlink_to(source.resolve())
 
 
 def _plan_line(plan: StepPlan) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from rdtf_ds.data.writing import write_atomically
+from rdtf_ds.data.clips.writing import write_atomically
 from rdtf_ds.errors import UserError, on_every_rank
 from rdtf_ds.experiment import Experiment
 from rdtf_ds.memory.chart import png

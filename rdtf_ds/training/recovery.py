@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from rdtf_ds.data.dataset import Batch
+from rdtf_ds.data.batch import Batch
 from rdtf_ds.training.assembly import Run
 from rdtf_ds.training.collectives import gather_objects
 from rdtf_ds.training.diagnosis import first_nonfinite, nonfinite_weight
@@ -64,7 +64,7 @@ def send_back(run: Run, bad: NumbersWentBad) -> str:
         samples = run.last_applied.samples
         numbers, clips = [sample.sample_number for sample in samples], [sample.clip_id for sample in samples]
         bad = NumbersWentBad(str(bad), run.last_applied.step, bad.last_step, [*numbers, *bad.sample_numbers], [*clips, *bad.clip_ids])
-    incident = go_back(run.incidents, bad, newest, run.went_bad_at or str(bad), lambda clip_id: run.index.rows[clip_id].path)
+    incident = go_back(run.incidents, bad, newest, run.went_bad_at or str(bad), run.index.path)
     return (
         f"{bad} Going back to the checkpoint of step {newest}; {len(incident.sample_numbers)} sample(s) of steps {incident.first_step} to "
         f"{incident.last_step} are passed over, see '{run.incidents.path}'."

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from rdtf_ds.checkpoints.durable import UNFINISHED, digest_file, write_file
-from rdtf_ds.data.quarantine import Problem
+from rdtf_ds.data.quarantine import NOTHING
 from rdtf_ds.training.assembly import Run
 from rdtf_ds.training.checkpoint import Resumed, Saved, SaveFailed, WeightsNotFinite, resume_checkpoint, save_checkpoint
 from rdtf_ds.training.collectives import gather_objects
@@ -34,7 +33,7 @@ def save(run: Run, log: RunLog) -> Saved | SaveFailed:
         "attempted_steps": done,
         "applied_steps": run.engine.applied_steps,
         "plans": run.queue.state_dict(),
-        "quarantine": [asdict(problem) for problem in run.quarantine.problems],
+        "quarantine": run.quarantine.to_json(),
         "incidents": run.incidents.to_json(),
         "bad_steps": run.bad_steps.to_json(),
     }
@@ -52,6 +51,7 @@ def save(run: Run, log: RunLog) -> Saved | SaveFailed:
         samples = run.last_applied.samples if run.last_applied is not None else ()
         numbers, clips = [sample.sample_number for sample in samples], [sample.clip_id for sample in samples]
         raise NumbersWentBad(str(error), max(done - 1, 0), max(done - 1, 0), numbers, clips) from error
+    run.reindexed = False
     if saved.trouble:
         log.alarm(saved.trouble)
     log.scalar("checkpoint/seconds", saved.seconds, done)
@@ -73,7 +73,7 @@ def resume(run: Run, gone_bad: NumbersWentBad | None = None) -> Resumed | None:
         raise Diverged(f"{gone_bad} There is no checkpoint to go back to.")
     if resumed is not None:
         run.queue.load_state_dict(resumed.state["plans"])
-        run.quarantine.merge(Problem(**problem) for problem in resumed.state["quarantine"])
+        run.quarantine.restore(NOTHING if run.reindexed else resumed.state["quarantine"])
         run.incidents.merge(resumed.state["incidents"])
         run.bad_steps.restore(resumed.state["bad_steps"])
     if gone_bad is not None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from rdtf_ds.data.writing import write_clip
+from rdtf_ds.data.clips.writing import write_clip
 from rdtf_ds.diffusion.masks import evenly_spaced
 from rdtf_ds.errors import UserError
 from rdtf_ds.pipeline import RDTFPipeline

@@ -41,7 +41,7 @@ def around(
 
 
 class LatePipeline:
-    """Makes its pipeline at the first call.
+    """Makes its pipeline at the first call; if that fails, every later call says so again without another try.
 
     Args:
         make: the pipeline; loads the encoders.
@@ -51,6 +51,7 @@ class LatePipeline:
     def __init__(self, make: Callable[[], RDTFPipeline], say: bool) -> None:
         self._make, self._say = make, say
         self._pipeline: RDTFPipeline | None = None
+        self._failure: Exception | None = None
         self._bar: dict[str, Any] = {}
 
     def set_progress_bar_config(self, **options: Any) -> None:
@@ -63,10 +64,20 @@ class LatePipeline:
         Raises:
             UserError: encoders that cannot be loaded, or whatever the pipeline refuses.
         """
+        pipeline = self._loaded()
+        pipeline.set_progress_bar_config(**self._bar)
+        output: RDTFOutput = pipeline(*arguments, **options)
+        return output
+
+    def _loaded(self) -> RDTFPipeline:
+        if self._failure is not None:
+            raise self._failure
         if self._pipeline is None:
             if self._say:
                 _log.warning("Validation needs the frozen encoders, which training from the cache does not: loading them on the CPU")
-            self._pipeline = self._make()
-        self._pipeline.set_progress_bar_config(**self._bar)
-        output: RDTFOutput = self._pipeline(*arguments, **options)
-        return output
+            try:
+                self._pipeline = self._make()
+            except Exception as error:
+                self._failure = error
+                raise
+        return self._pipeline

@@ -35,9 +35,11 @@ def pins(root: Path, lock: str) -> dict[str, str]:
 
 
 def declared(root: Path) -> list[Requirement]:
+    """All but the extra `bench`: what a benchmark is measured beside is in no lock."""
     parser = configparser.ConfigParser()
     parser.read(root / "setup.cfg")
-    texts = [parser["options"]["install_requires"], *parser["options.extras_require"].values()]
+    extras = [text for extra, text in parser["options.extras_require"].items() if extra != "bench"]
+    texts = [parser["options"]["install_requires"], *extras]
     return [Requirement(line) for text in texts for line in text.splitlines() if line and not line.startswith("#")]
 
 

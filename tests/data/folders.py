@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from rdtf_ds.data.clip import DecodeLimits
+from rdtf_ds.data.clips.clip import DecodeLimits
+from rdtf_ds.data.clips.writing import write_clip
 from rdtf_ds.data.dataset import DropRates, LatentShape, StickerDataset
-from rdtf_ds.data.index import build_index
+from rdtf_ds.data.indexing.index_building import build_index
 from rdtf_ds.data.step_plan import SamplePlan
-from rdtf_ds.data.writing import write_clip
 from rdtf_ds.diffusion.masks import Task
 
 SIDE = 16
@@ -30,7 +30,7 @@ def numbered_clips(root: Path, frame_counts: list[int], caption: str = "one two 
 
 
 def dataset(root: Path, seed: int = 5, **options: Any) -> StickerDataset:
-    index = build_index(root, DecodeLimits())
+    index = build_index(root, DecodeLimits(), root / ".index", workers=1, drop_duplicates=False)
     return StickerDataset(index, seed, LatentShape(4, 2), SIDE, **{"drops": NO_DROPS, **options})
 
 

@@ -1,14 +1,17 @@
-"""Decoders that are not Pillow, as references: FFmpeg for GIF, APNG and video, libwebp's command-line tools for WebP."""
+"""Decoders that are not Pillow, as references: FFmpeg for GIF, APNG and video, libwebp's own player for WebP."""
 
 from __future__ import annotations
 
-import re
+import ctypes
+import ctypes.util
 import shutil
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+_ABI, _RGBA = 0x0107, 1  # of libwebpdemux, any version 1.x
 
 
 def need(*programs: str) -> None:
@@ -24,34 +27,66 @@ def over(frames: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:
     return np.rint(frames[..., :3] * alpha + np.array(background) * (1 - alpha)).astype(int)
 
 
+def shown(frames: np.ndarray) -> np.ndarray:
+    """RGBA frames without the colours that full transparency hides."""
+    return np.where(frames[..., 3:] == 0, 0, frames)
+
+
 def ffmpeg_frames(path: Path, width: int, height: int, pixels: str = "rgba") -> np.ndarray:
-    """Every frame FFmpeg decodes: uint8 (F, H, W, 3|4)."""
+    """Every frame FFmpeg decodes: uint8 (F, H, W, 3|4); none if it decodes another size or nothing."""
     quiet, raw = ["-v", "quiet", "-nostdin", "-threads", "1"], ["-vsync", "0", "-f", "rawvideo", "-pix_fmt", pixels, "-"]
     output = subprocess.run(["ffmpeg", *quiet, "-i", str(path), *raw], capture_output=True, timeout=60).stdout
-    return np.frombuffer(output, np.uint8).reshape(-1, height, width, len(pixels.rstrip("24")))
+    frame_bytes = height * width * len(pixels.rstrip("24"))
+    return np.frombuffer(output[: len(output) // frame_bytes * frame_bytes], np.uint8).reshape(-1, height, width, len(pixels.rstrip("24")))
 
 
-def libwebp_frames(path: Path, scratch: Path) -> np.ndarray:
-    """Every frame of an animated WebP: patches by webpmux and dwebp, put together here by the container specification."""
-    info = subprocess.run(["webpmux", "-info", str(path)], capture_output=True, text=True, timeout=60, check=True).stdout
-    width, height = map(int, re.search(r"Canvas size: (\d+) x (\d+)", info).groups())  # type: ignore[union-attr]
-    rows = re.findall(r"^\s*(\d+):\s+(\d+)\s+(\d+)\s+(?:yes|no)\s+(\d+)\s+(\d+)\s+\d+\s+(\w+)\s+(yes|no)", info, re.M)
-    canvas, frames = np.zeros((height, width, 4)), []
-    for number, w, h, left, top, dispose, blend in rows:
-        still = scratch / "frame.webp"
-        subprocess.run(["webpmux", "-get", "frame", number, str(path), "-o", str(still)], capture_output=True, timeout=60, check=True)
-        pam = subprocess.run(["dwebp", str(still), "-pam", "-o", "-"], capture_output=True, timeout=60, check=True).stdout
-        patch = np.frombuffer(pam.partition(b"ENDHDR\n")[2], np.uint8).reshape(int(h), int(w), 4).astype(float)
-        area = canvas[int(top) : int(top) + int(h), int(left) : int(left) + int(w)]
-        area[:] = blended(patch, area) if blend == "yes" else patch
-        frames.append(np.rint(canvas).astype(np.uint8))
-        if dispose == "background":
-            area[:] = 0
-    return np.stack(frames)
+class _Data(ctypes.Structure):
+    _fields_ = [("bytes", ctypes.c_char_p), ("size", ctypes.c_size_t)]
+
+
+class _Options(ctypes.Structure):
+    _fields_ = [("color_mode", ctypes.c_int), ("use_threads", ctypes.c_int), ("padding", ctypes.c_uint32 * 7)]
+
+
+class _Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint32) for name in ("width", "height", "loops", "background", "frames")] + [("pad", ctypes.c_uint32 * 4)]
+
+
+def libwebp_frames(path: Path) -> tuple[np.ndarray, list[int]]:
+    """Every frame of a WebP by the system's own libwebp (``WebPAnimDecoder``, what its tool anim_dump prints), and their durations in ms.
+
+    Returns:
+        uint8 (F, H, W, 4); F is 0 where libwebp refuses the file. Skips the test if the library is not installed.
+    """
+    name = ctypes.util.find_library("webpdemux")
+    if name is None:
+        pytest.skip("not installed: libwebpdemux (comes with the Debian package webp)")
+    library = ctypes.CDLL(name)
+    library.WebPAnimDecoderNewInternal.restype = ctypes.c_void_p
+    library.WebPAnimDecoderNewInternal.argtypes = [ctypes.POINTER(_Data), ctypes.POINTER(_Options), ctypes.c_int]
+    for function in (library.WebPAnimDecoderGetInfo, library.WebPAnimDecoderGetNext):
+        function.argtypes = [ctypes.c_void_p] + [ctypes.c_void_p] * (1 if function is library.WebPAnimDecoderGetInfo else 2)
+    library.WebPAnimDecoderDelete.argtypes = [ctypes.c_void_p]
+    library.WebPAnimDecoderDelete.restype = None
+    content = path.read_bytes()
+    data, options, info = _Data(content, len(content)), _Options(_RGBA, 0), _Info()
+    decoder = library.WebPAnimDecoderNewInternal(ctypes.byref(data), ctypes.byref(options), _ABI)
+    if not decoder:
+        return np.zeros((0, 1, 1, 4), np.uint8), []
+    try:
+        assert library.WebPAnimDecoderGetInfo(decoder, ctypes.byref(info))
+        frames, ends = [], [0]
+        pixels, end = ctypes.POINTER(ctypes.c_uint8)(), ctypes.c_int()
+        while library.WebPAnimDecoderGetNext(decoder, ctypes.byref(pixels), ctypes.byref(end)):
+            frames.append(np.ctypeslib.as_array(pixels, (info.height, info.width, 4)).copy())
+            ends.append(end.value)
+    finally:
+        library.WebPAnimDecoderDelete(decoder)
+    return np.stack(frames), np.diff(ends).tolist()
 
 
 def blended(source: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """Source over destination, alpha not premultiplied, 0..255 (Porter and Duff 1984)."""
+    """Source over destination, alpha not premultiplied, 0..255 (Porter and Duff 1984), in float64."""
     source_alpha, below_alpha = source[..., 3:] / 255, below[..., 3:] / 255
     alpha = source_alpha + below_alpha * (1 - source_alpha)
     colour = source[..., :3] * source_alpha + below[..., :3] * below_alpha * (1 - source_alpha)

@@ -11,15 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rdtf_ds.data.clustering import choose_frames, frame_features
-
-
-def test_features_are_area_means_of_an_8_by_8_grid() -> None:
-    frames = np.random.default_rng(0).integers(0, 256, (3, 32, 16, 3), dtype=np.uint8)
-    expected = frames.reshape(3, 8, 4, 8, 2, 3).astype(float).mean(axis=(2, 4)).reshape(3, 192) / 255
-    features = frame_features(frames)
-    assert features.dtype == np.float32 and features.shape == (3, 192)
-    assert np.abs(features - expected).max() <= 1.01 / 255  # Pillow rounds to whole levels, across and then down
+from rdtf_ds.data.clustering import choose_frames, cluster_frames
 
 
 @given(data=st.data(), num_frames=st.integers(3, 40), kinds=st.integers(1, 12), seed=st.integers(0, 10**6))
@@ -40,6 +32,16 @@ def test_one_frame_of_each_cluster() -> None:
     whole = sum(set(groups[chosen]) == set(range(5)) for chosen in picks)
     assert whole >= 24  # k-means may stop at a worse optimum; random picks would hit all five in 2 % of draws (9·1·4·7·3 / C(24, 5))
     assert len({int(chosen[0]) for chosen in picks}) > 4  # a member is drawn, not always the same one
+
+
+def test_clusters_are_those_that_frames_are_chosen_from() -> None:
+    features = np.random.default_rng(1).random((20, 6), dtype=np.float32)
+    labels = cluster_frames(features, 5, np.random.default_rng(7))
+    chosen = choose_frames(features, 5, np.random.default_rng(7))
+    assert labels.shape == (20,) and set(labels.tolist()) == set(range(5)) == set(labels[chosen].tolist())
+    assert cluster_frames(features[:5], 5, np.random.default_rng(0)).tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="cannot choose 21"):
+        cluster_frames(features, 21, np.random.default_rng(0))
 
 
 def test_equal_frames_are_filled_up_far_from_those_chosen() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -13,14 +14,16 @@ import numpy as np
 import pytest
 import torch
 
+from rdtf_ds.data import dataset as module
+from rdtf_ds.data.batch import Batch
 from rdtf_ds.data.cache_header import CacheError, CacheHeader
-from rdtf_ds.data.captions import NO_CAPTION
-from rdtf_ds.data.clip import DecodeLimits
-from rdtf_ds.data.clustering import frame_features
-from rdtf_ds.data.dataset import Batch, DropRates, NoUsableClip
-from rdtf_ds.data.decoding import decode_clip
-from rdtf_ds.data.feature_cache import CachedClips, ClipFeatures, FeatureCache, caption_texts, clip_key
+from rdtf_ds.data.clips.clip import DecodeLimits
+from rdtf_ds.data.clips.decoding import decode_clip
+from rdtf_ds.data.clustering import choose_frames
+from rdtf_ds.data.dataset import DropRates, NoUsableClip
+from rdtf_ds.data.feature_cache import CachedClips, ClipFeatures, FeatureCache, caption_texts
 from rdtf_ds.data.quarantine import Problem
+from rdtf_ds.data.sources.captions import NO_CAPTION
 from rdtf_ds.data.step_plan import SamplePlan
 from rdtf_ds.diffusion.masks import Task
 from rdtf_ds.errors import UserError
@@ -64,17 +67,27 @@ def test_a_micro_batch_is_padded_to_its_longest_and_says_where(root: Path) -> No
     assert (batch.sample_numbers, batch.clip_ids, batch.problems) == ([7, 8], [0, 1], [])
 
 
-def test_a_sample_is_the_same_alone_together_and_from_a_cold_or_tiny_cache(root: Path) -> None:
+def test_a_sample_is_the_same_alone_and_together(root: Path) -> None:
     plans = [plan(number, number % 4, "#..") for number in range(8)]
     drops = DropRates(0.5, 0.2, 0.2, 0.2)
     together = dataset(root, drops=drops)[tuple(plans)]
-    for cache_bytes in (0, 2 * 20 * SIDE * SIDE * 3, 2**20):
-        data = dataset(root, drops=drops, cache_bytes=cache_bytes)
-        for row, one in enumerate(reversed(plans)):
-            alone, at = data[(one,)], len(plans) - 1 - row
-            assert torch.equal(alone.frames[0], together.frames[at]) and torch.equal(alone.noise[0], together.noise[at])
-            assert torch.equal(alone.condition_mask[0], together.condition_mask[at])
-            assert (alone.captions[0], alone.timestep[0]) == (together.captions[at], together.timestep[at])
+    data = dataset(root, drops=drops)
+    for at, one in reversed(list(enumerate(plans))):
+        alone = data[(one,)]
+        assert torch.equal(alone.frames[0], together.frames[at]) and torch.equal(alone.noise[0], together.noise[at])
+        assert torch.equal(alone.condition_mask[0], together.condition_mask[at])
+        assert (alone.captions[0], alone.timestep[0]) == (together.captions[at], together.timestep[at])
+
+
+def test_only_frames_chosen_by_the_stored_features_are_decoded(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, decode = [], module.decode_clip
+    monkeypatch.setattr(module, "decode_clip", lambda *args, **named: (asked.append(named), decode(*args, **named))[1])
+    data = dataset(root)
+    batch = data[(plan(4, 0, "#....."),)]
+    expected = choose_frames(data.index.frame_features(0), 6, numpy_generator(5, 4, "frames")).tolist()
+    assert frame_numbers(batch) == expected and len(set(expected)) == 6
+    digest = hashlib.sha256((root / "0.png").read_bytes()).hexdigest()
+    assert asked == [{"frames": expected, "content": digest, "window": None}]
 
 
 def test_everything_random_depends_on_the_seed_and_the_sample_number(root: Path) -> None:
@@ -209,7 +222,9 @@ def test_a_clip_that_breaks_is_replaced_by_the_same_clip_everywhere(tmp_path: Pa
     assert [problem for problem in together.problems if problem.path != "0.png"] == []
     # stand-ins may draw the broken clip again: each failure is told
     assert {problem.sample_number for problem in together.problems} == set(range(10)) and len(together.problems) >= 10
-    assert together.problems[0] == Problem("0.png", "cannot be read: No such file or directory", 0)
+    content = first.index.content(0)
+    assert together.problems[0] == Problem("0.png", together.problems[0].reason, 0, content) and len(content) == 64
+    assert "No such file" in together.problems[0].reason
     assert all(same(second[(one,)], alone) for one, alone in zip(plans, [first[(one,)] for one in plans], strict=True))
     unbroken = dataset(numbered_clips(tmp_path / "whole", [6, 3, 6, 6, 6, 6]))[plans]
     assert torch.equal(unbroken.noise, together.noise) and torch.equal(unbroken.timestep, together.timestep)
@@ -221,16 +236,38 @@ def test_a_file_that_changed_since_it_was_indexed_is_a_problem(tmp_path: Path) -
     numbered_clips(tmp_path, [5])
     batch = data[(plan(0, 0),)]
     assert batch.clip_ids == [1]
-    assert "8 when it was indexed" in batch.problems[0].reason
+    assert "changed since it was indexed" in batch.problems[0].reason
 
 
 def test_with_no_long_enough_stand_in_a_short_one_repeats_frames(tmp_path: Path) -> None:
     numbered_clips(tmp_path, [8, 3])
     data = dataset(tmp_path)
     (tmp_path / "0.png").unlink()
-    data.index = replace(data.index, rows=(replace(data.index.rows[0], num_frames=3), data.index.rows[1]))  # none has 8 any more
+    data.index = data.index.without({0: "gone"})  # none has 8 any more
     batch = data[(plan(0, 0, "##......"),)]
     assert batch.clip_ids == [1] and frame_numbers(batch) == [0, 0, 0, 1, 1, 1, 2, 2]
+
+
+def test_a_barred_clip_has_the_stand_in_it_would_have_if_it_failed_and_is_not_tried(tmp_path: Path) -> None:
+    numbered_clips(tmp_path, [6, 3, 6, 6, 6, 6])
+    plans = tuple(plan(number, number % 6 if number % 6 != 1 else 0, "#....") for number in range(18))
+    data = dataset(tmp_path)
+    whole, barred = data[plans], data.make(plans, frozenset({data.index.content(0)}))
+    assert barred.problems == [] and 0 in whole.clip_ids and 0 not in barred.clip_ids
+    (tmp_path / "0.png").unlink()
+    failed = data[plans]
+    assert {problem.path for problem in failed.problems} == {"0.png"}
+    assert same(replace(failed, problems=[]), barred)
+    again = data.make(plans, frozenset({data.index.content(0), data.index.content(2)}))
+    assert not {0, 2} & set(again.clip_ids)
+    chosen = [(mine, other) for mine, other in zip(again.clip_ids, barred.clip_ids, strict=True) if other != 2]
+    assert chosen and all(mine == other for mine, other in chosen), "what neither plans nor replaces a barred clip is left alone"
+
+
+def test_when_all_are_barred_it_says_so(tmp_path: Path) -> None:
+    data = dataset(numbered_clips(tmp_path, [4, 4]))
+    with pytest.raises(NoUsableClip, match=r"33 clips in a row.*'[01].png': it failed two samples before"):
+        data.make((plan(0, 0),), {data.index.content(0), data.index.content(1)})
 
 
 def test_when_nothing_can_be_read_it_stops_and_says_so(tmp_path: Path) -> None:
@@ -243,18 +280,6 @@ def test_when_nothing_can_be_read_it_stops_and_says_so(tmp_path: Path) -> None:
     assert isinstance(caught.value, UserError) and str(tmp_path) in str(caught.value)
 
 
-def test_the_cache_decodes_a_clip_once_while_it_fits(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import rdtf_ds.data.dataset as module
-
-    decoded: list[str] = []
-    decode = module.decode_clip
-    monkeypatch.setattr(module, "decode_clip", lambda path, *rest: (decoded.append(path.name), decode(path, *rest))[1])
-    data = dataset(root, cache_bytes=(20 + 3) * SIDE * SIDE * 3)  # clips 0 and 1
-    for clip_id in (0, 1, 0, 1, 3, 1, 0):
-        data[(plan(clip_id, clip_id),)]
-    assert decoded == ["0.png", "1.png", "3.png", "0.png"]  # 3 throws 0 out, the longest unused
-
-
 def test_to_moves_all_tensors(root: Path) -> None:
     moved = dataset(root)[(plan(0, 0),)].to("meta")
     assert {value.device.type for value in (moved.frames, moved.condition_mask, moved.frame_mask, moved.timestep, moved.noise)} == {"meta"}
@@ -264,20 +289,20 @@ def test_to_moves_all_tensors(root: Path) -> None:
 def cached(root: Path, tmp_path_factory: pytest.TempPathFactory) -> CachedClips:
     """Of `root`'s clips: a frame's latents are 100 times its clip and its number, pixels their negative; a text's features its length."""
     cache = FeatureCache.create(tmp_path_factory.mktemp("cache"), CacheHeader({}, 4, 4, 2, 6, 5))
-    data, keys = dataset(root), {}
+    data = dataset(root)
+    clips = CachedClips(cache, data.index)
     for clip_id in data.index.trainable.tolist():
         row = data.index.rows[clip_id]
         frames = decode_clip(root / row.path, SIDE, (255, 255, 255), DecodeLimits())
         texts = caption_texts(row.caption, 0.5, 4)
         numbers = 100.0 * clip_id + torch.arange(len(frames))[:, None, None, None]
         lengths = torch.tensor([float(len(text)) for text in texts])[:, None, None]
-        keys[clip_id] = clip_key(root / row.path, row.caption)
         features = ClipFeatures(
-            numbers.expand(-1, 4, 2, 2), torch.from_numpy(frame_features(frames)), texts,
+            numbers.expand(-1, 4, 2, 2), texts,
             lengths.expand(-1, 7, 6), -lengths.expand(-1, 7, 5), -numbers.expand(-1, 3, 2, 2),
         )  # fmt: skip
-        cache.write(keys[clip_id], features)
-    return CachedClips(cache, keys)
+        cache.write(clips.key(clip_id), features)
+    return clips
 
 
 def test_a_cached_batch_is_of_the_same_draws(root: Path, cached: CachedClips, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,7 +310,7 @@ def test_a_cached_batch_is_of_the_same_draws(root: Path, cached: CachedClips, mo
     plans = tuple(plan(number, number % 4, "#.." if number % 2 else "##.", text=number % 3 > 0) for number in range(24))
     plans = (*plans, plan(24, 0, "#......."))
     plain = dataset(root, drops=drops)[plans]
-    monkeypatch.setattr("rdtf_ds.data.dataset.decode_clip", lambda *arguments: pytest.fail("a cached sample decodes nothing"))
+    monkeypatch.setattr("rdtf_ds.data.dataset.decode_clip", lambda *arguments, **named: pytest.fail("a cached sample decodes nothing"))
     made = dataset(root, drops=drops, cached=cached)[plans]
     assert made.frames is None and plain.features is None and made.features is not None and plain.frames is not None
     for name in set(Batch.__dataclass_fields__) - {"frames", "features"}:
@@ -317,10 +342,10 @@ def test_hidden_words_of_a_cached_sample_are_among_the_variants(root: Path, cach
 
 def test_cached_features_are_lost_aloud(root: Path, cached: CachedClips, tmp_path: Path) -> None:
     shutil.copytree(cached.cache.folder, tmp_path / "copy")
-    moved = CachedClips(FeatureCache(tmp_path / "copy"), cached.keys)
+    moved = CachedClips(FeatureCache(tmp_path / "copy"), cached.index)
     data = dataset(root, cached=moved)
     assert data[(plan(0, 1),)].clip_ids == [1]
-    path = moved.cache.path(moved.keys[1])
+    path = moved.cache.path(moved.key(1))
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CacheError, match=r"damaged \(clip '1.png'\)"):
         data[(plan(0, 1),)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -15,8 +16,10 @@ import torch
 from rdtf_ds.curriculum.curriculum import Curriculum
 from rdtf_ds.curriculum.pid import PIDController
 from rdtf_ds.curriculum.static import StaticSchedule
-from rdtf_ds.data.dataset import Batch, DropRates, NoUsableClip
-from rdtf_ds.data.loader import PlannedLoader
+from rdtf_ds.data.batch import Batch
+from rdtf_ds.data.dataset import DropRates, NoUsableClip
+from rdtf_ds.data.loader import MicroBatch, PlannedLoader, _Messenger
+from rdtf_ds.data.quarantine import Quarantine
 from rdtf_ds.data.step_plan import PlanQueue, StepPlanner
 from rdtf_ds.diffusion.masks import Task
 from tests.data.folders import dataset, numbered_clips
@@ -190,6 +193,59 @@ def test_the_runs_own_generator_is_left_alone(root: Path) -> None:
     torch.manual_seed(3)
     run(root, workers=1, steps=2)
     assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_a_clip_is_barred_from_a_step_on_whatever_works_ahead(root: Path, workers: int) -> None:
+    """Two samples of a clip that vanished fail, and delay + 1 steps after the second nothing tries it any more."""
+    delay, copy = 2, root.parent / f"copy{workers}"
+    shutil.copytree(root, copy, ignore=shutil.ignore_patterns(".index"))
+    data = dataset(copy)
+    (copy / "0.png").unlink()
+    quarantine = Quarantine(copy / ".quarantine.jsonl", 1.0, total=7, delay=delay)
+    loader, queue = make(root, workers, delay)
+    loader._dataset, loader._barred = data, quarantine.barred_since
+    failing, clips = [], []
+    for step, batches in loader.steps(0, STEPS):
+        queue.push(observed(queue, step))
+        problems = [problem for batch in batches for problem in batch.problems]
+        quarantine.merge(problems, step)
+        failing.append(sorted({problem.sample_number for problem in problems}))
+        clips.append([clip_id for batch in batches for clip_id in batch.clip_ids])
+    struck = next(step for step in range(STEPS) if len({number for numbers in failing[: step + 1] for number in numbers}) > 1)
+    assert any(failing[struck + 1 : struck + delay + 1]), "these steps may have been handed out"
+    assert struck + delay + 1 < STEPS - 1 and not any(failing[struck + delay + 1 :]) and not any(0 in step for step in clips)
+    expected = flat(run(root, 0))
+    assert sum(entry[1] == 0 for entry in expected) > STEPS, "the clip is planned all the time"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_barred_is_sent_to_each_worker_once(root: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    contents = [f"{number:02d}" for number in range(STEPS)]  # one more with each step
+    handed: list[MicroBatch] = []
+
+    loader, queue = make(root, workers)
+    planned = loader.micro_batches
+
+    def watched(*arguments: Any) -> Iterator[MicroBatch]:
+        for micro_batch in planned(*arguments):
+            handed.append(micro_batch)
+            yield micro_batch
+
+    monkeypatch.setattr(loader, "micro_batches", watched)
+    loader._barred = lambda step, known: contents[known : step + 1]
+    for step, _ in loader.steps(0, STEPS):  # a worker that knows other contents than it should raises
+        queue.push(observed(queue, step))
+    for worker in range(max(workers, 1)):
+        mine = handed[worker :: max(workers, 1)]
+        assert [content for one in mine for content in one.barred] == contents
+    assert len(handed) == 4 * STEPS
+
+
+def test_a_worker_that_missed_something_barred_says_so(root: Path) -> None:
+    messenger = _Messenger(dataset(root))
+    with pytest.raises(RuntimeError, match="knows 0 barred contents, not 1"):
+        messenger[MicroBatch((), 1, ("aa",))]
 
 
 def test_a_batch_that_does_not_split_is_refused(root: Path) -> None:

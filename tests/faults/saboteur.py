@@ -45,26 +45,26 @@ def gil(sample: int) -> None:
 
     sleep = ctypes.PyDLL(None).sleep  # unlike CDLL, keeps the GIL
 
-    def decode(original: Callable[..., Any], self: Any, plans: Any) -> Any:
+    def decode(original: Callable[..., Any], self: Any, plans: Any, *barred: Any) -> Any:
         if sample in [plan.sample_number for plan in plans]:
             sleep(HANG_S)
-        return original(self, plans)
+        return original(self, plans, *barred)
 
-    _wrap(StickerDataset, "__getitem__", decode)
+    _wrap(StickerDataset, "make", decode)
 
 
 def nan(sample: int, attempts: int = 1) -> None:
     """The noise of this sample is NaN, in as many attempts at it as said."""
     from rdtf_ds.data.dataset import StickerDataset
 
-    def decode(original: Callable[..., Any], self: Any, plans: Any) -> Any:
-        batch = original(self, plans)
+    def decode(original: Callable[..., Any], self: Any, plans: Any, *barred: Any) -> Any:
+        batch = original(self, plans, *barred)
         for position, plan in enumerate(plans):
             if plan.sample_number == sample and plan.attempt < attempts:
                 batch.noise[position] = float("nan")
         return batch
 
-    _wrap(StickerDataset, "__getitem__", decode)
+    _wrap(StickerDataset, "make", decode)
 
 
 def failing_save(first: int = 1, last: int = sys.maxsize) -> None:

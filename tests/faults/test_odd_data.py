@@ -35,6 +35,8 @@ def test_the_run_finishes_and_lists_what_cannot_be_read(real_data: Path, tmp_pat
     listed = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
     assert all(entry["reason"] for entry in listed)
     candidates = [path for path in real_data.rglob("*") if path.suffix in (".gif", ".png", ".apng", ".webp")]
-    unreadable = {str(path.relative_to(real_data)) for path in candidates if not reads_with_pillow(path)}
+    # Pillow counts a frame that leaves the canvas as canvas; players, and we, cut it off.
+    clipped = {"decompression_bomb_extents.gif"}
+    unreadable = {str(path.relative_to(real_data)) for path in candidates if path.name not in clipped and not reads_with_pillow(path)}
     assert {entry["path"] for entry in listed} == unreadable
     assert f"{len(listed)} broken" in done.stderr

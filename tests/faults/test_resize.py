@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from rdtf_ds.config import RDTFSection
-from rdtf_ds.data.index import build_index
+from rdtf_ds.data.indexing.index_building import build_index
 from rdtf_ds.data.step_plan import PlanQueue, StepPlanner
 from rdtf_ds.diffusion.masks import level
 from rdtf_ds.exit_codes import DONE
-from rdtf_ds.training.assembly import build_curriculum, decode_limits
+from rdtf_ds.training.assembly import build_curriculum
+from rdtf_ds.training.data_assembly import decode_limits
 from tests.faults.runs import STEPS, TRIALS, commit_of, resumed_after
 from tests.faults.saboteur import FAULT
 from tests.integration.launches import read_metrics
@@ -62,7 +63,7 @@ def different(one: Path, other: Path) -> list[str]:
 def replayed(folder: Path, clips: Path) -> list[tuple]:
     """k, tasks, levels and samples of every step, planned anew from the losses a run logged: ranks have no part in it."""
     rdtf = RDTFSection.model_validate_json(json.dumps(json.loads((folder / "config.json").read_text())["rdtf"]))
-    index = build_index(clips, decode_limits(rdtf), cache=None)
+    index = build_index(clips, decode_limits(rdtf))
     curriculum = build_curriculum(rdtf)
     planner = StepPlanner(rdtf.seed, GLOBAL_BATCH, np.asarray(index.trainable), index.frame_counts, curriculum, frames=rdtf.data.frames)
     queue, plans = PlanQueue(planner, rdtf.curriculum.delay), []

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from rdtf_ds.data.writing import write_clip
+from rdtf_ds.data.clips.writing import write_clip
 from rdtf_ds.training.telemetry import RunLog
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

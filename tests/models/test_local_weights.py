@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +13,8 @@ from huggingface_hub.errors import HFValidationError
 
 from rdtf_ds.models import local_weights
 from rdtf_ds.models.autoencoder import AUTOENCODER, HaarAutoencoder
-from rdtf_ds.models.local_weights import is_here, local_folder, made_on_the_spot, weight_files, weights_hash
+from rdtf_ds.models.local_weights import KnownHashes, is_here, local_folder, made_on_the_spot, tokenizer_hash, weight_files, weights_hash
+from rdtf_ds.models.missing import EncoderNotFound
 from rdtf_ds.models.text_conditioning import CLIP, CLIP_TOKENIZER, T5, T5_TOKENIZER
 from rdtf_ds.models.tiny_encoders import write_tiny_encoders
 
@@ -94,3 +99,50 @@ def test_a_hub_id_is_looked_for_in_the_hubs_cache_alone(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(local_weights, "try_to_load_from_cache", invalid)
     assert local_folder("../no/where", AUTOENCODER) is None
+
+
+def test_a_broken_config_is_a_users_error(tmp_path: Path) -> None:
+    HaarAutoencoder(2).save_pretrained(tmp_path)
+    for text in ("{", "[]"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(EncoderNotFound, match=r"rdtf.encoders.autoencoder is .*config.json'"):
+            weights_hash(str(tmp_path), AUTOENCODER)
+
+
+def test_a_tokenizers_hash_is_of_what_it_does_not_of_where_it_came_from(encoders: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(encoders / "tokenizer", folder)
+    first = tokenizer_hash(str(encoders), CLIP_TOKENIZER)
+    assert first is not None and tokenizer_hash(str(folder), CLIP_TOKENIZER) == first
+    assert tokenizer_hash(str(encoders), T5_TOKENIZER) != first
+    assert tokenizer_hash("tiny", CLIP_TOKENIZER) is None and tokenizer_hash(str(tmp_path / "no"), CLIP_TOKENIZER) is None
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"name_or_path": "elsewhere", "transformers_version": "9"}, indent=7))
+    assert tokenizer_hash(str(folder), CLIP_TOKENIZER) == first
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"do_lower_case": "changed"}))
+    assert tokenizer_hash(str(folder), CLIP_TOKENIZER) != first
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert tokenizer_hash(str(folder), CLIP_TOKENIZER) == first
+    (folder / "added_tokens.json").write_text("{}")
+    assert tokenizer_hash(str(folder), CLIP_TOKENIZER) != first
+
+
+def test_a_hash_is_remembered_while_the_file_looks_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, kept = tmp_path / "weights", tmp_path / "kept"
+    path.write_bytes(b"1")
+    digest = hashlib.sha256(b"1").hexdigest()
+    assert KnownHashes(kept, write=False).sha256(path) == digest and not kept.exists()
+    assert KnownHashes(kept).sha256(path) == digest
+    stored = kept / "weights.json"
+    stored.write_text(stored.read_text().replace(digest, "remembered"))
+    assert KnownHashes(kept).sha256(path) == "remembered"
+    os.utime(path, ns=(1, 1))
+    assert KnownHashes(kept).sha256(path) == digest
+    assert set(json.loads(stored.read_text()).values()) == {"remembered", digest}
+    path.write_bytes(b"22")
+    assert KnownHashes(kept).sha256(path) == hashlib.sha256(b"22").hexdigest()
+    for text in ("", "[]", "{"):
+        stored.write_text(text)
+        assert KnownHashes(kept).sha256(path) == hashlib.sha256(b"22").hexdigest()
+    (tmp_path / "file").write_text("")
+    assert KnownHashes(tmp_path / "file" / "folder").sha256(path) == hashlib.sha256(b"22").hexdigest(), "it saves time, no more"

@@ -123,7 +123,7 @@ def test_a_convolution_that_is_wrong_is_noticed(doctor: ModuleType, monkeypatch:
 
 
 def test_a_decoder_that_gives_other_frames_is_noticed(doctor: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rdtf_ds.data import decoding
+    from rdtf_ds.data.clips import decoding
 
     right = decoding.decode_clip
     monkeypatch.setattr(decoding, "decode_clip", lambda *arguments: right(*arguments)[::-1])

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rdtf_ds.data.clip import DecodeLimits
-from rdtf_ds.data.decoding import decode_clip, probe_clip
+from rdtf_ds.data.clips.clip import DecodeLimits
+from rdtf_ds.data.clips.decoding import decode_clip, probe_clip
 from tests.small_models import SIDE, load_tool, make_pipeline, small_dfgn, text_parts
 
 WHITE = (255, 255, 255)

@@ -98,10 +98,10 @@ def test_stickers_are_made_once_and_problems_stop_a_run(process_group, tiny, tmp
     schedules = [each.identity.may_differ["rdtf"]["curriculum"]["static_steps"] for each in (run, longer)]
     assert schedules == [experiment.rdtf.max_steps, 999], "a run made longer must be told that its schedule changes"
     assert all(torch.equal(a, b) for a, b in zip(run.engine.masters, again.engine.masters, strict=True)), "the seed alone makes the weights"
-    run.merge_problems([])
-    run.merge_problems([Problem("a.gif", "truncated", 3)])
+    run.merge_problems([], 0)
+    run.merge_problems([Problem("a.gif", "truncated", 3, "aa")], 0)
     with pytest.raises(TooManyBadFiles, match="2 of 10"):
-        run.merge_problems([Problem("b.gif", "truncated", 4)])
+        run.merge_problems([Problem("b.gif", "truncated", 4, "bb")], 1)
     assert [json.loads(line)["path"] for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()] == ["a.gif", "b.gif"]
 
 
@@ -156,7 +156,7 @@ def test_validation_keeps_to_the_memory_keys_and_rank_zero_reads_its_clips(proce
         assert src == 0 and answer == [None] * len(answer)
         answer[0] = pickle.loads(pickle.dumps(made))
 
-    monkeypatch.setattr(assembly, "decode_clip", lambda *arguments: pytest.fail("rank 1 read a clip"))
+    monkeypatch.setattr(assembly, "decode_clip", lambda *arguments, **named: pytest.fail("rank 1 read a clip"))
     monkeypatch.setattr(engine.dist, "get_rank", lambda: 1)
     monkeypatch.setattr(engine.dist, "broadcast_object_list", receive)
     received = validation_requests(run)

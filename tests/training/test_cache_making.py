@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from rdtf_ds.data.cache_header import CacheHeader
-from rdtf_ds.data.captions import NO_CAPTION
-from rdtf_ds.data.clip import ClipError, DecodeLimits
-from rdtf_ds.data.clustering import frame_features
-from rdtf_ds.data.decoding import decode_clip
+from rdtf_ds.data.cache_header import CacheError, CacheHeader
+from rdtf_ds.data.clips.clip import ClipError, DecodeLimits
+from rdtf_ds.data.clips.decoding import decode_clip
 from rdtf_ds.data.feature_cache import FeatureCache
-from rdtf_ds.data.index import build_index
+from rdtf_ds.data.indexing.index_building import build_index
+from rdtf_ds.data.sources.captions import NO_CAPTION
 from rdtf_ds.diffusion.guidance import pixel_guidance
 from rdtf_ds.errors import UserError
 from rdtf_ds.models.autoencoder import FrameAutoencoder, load_autoencoder
@@ -46,7 +45,6 @@ def test_features_are_what_the_encoders_give(encoders):
     made = maker(encoders, with_pixels=True)(frames, "a red star rises")
     pixels = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
     assert torch.equal(made.latents, autoencoder.encode(pixels)[0].transpose(0, 1))
-    assert torch.equal(made.thumbnails, torch.from_numpy(frame_features(frames)))
     assert made.texts[:2] == ("a red star rises", "# # # #") and len(made.texts) > 2
     encoded = text.encode(made.texts)
     assert torch.equal(made.clip, encoded.clip) and torch.equal(made.t5, encoded.t5)
@@ -63,7 +61,6 @@ def test_what_is_stored_follows_the_networks_precision(encoders, precision, late
     made, exact = maker(encoders, precision, with_pixels=True)(clip(), "a star"), maker(encoders, with_pixels=True)(clip(), "a star")
     assert (made.latents.dtype, made.pixels.dtype, made.clip.dtype, made.t5.dtype) == (latents, latents, text, text)
     assert torch.equal(made.latents, exact.latents.to(latents)) and torch.equal(made.t5, exact.t5.to(text))
-    assert made.thumbnails.dtype == torch.float32
 
 
 def test_features_that_overflow_are_refused(encoders, monkeypatch):
@@ -85,18 +82,27 @@ def folder(tmp_path: Path) -> Path:
 
 
 def fill(folder: Path, encoders: Any, decode: Any = None) -> tuple[Any, FeatureCache, dict[int, str]]:
-    index = build_index(folder, DecodeLimits())
+    index = build_index(folder, DecodeLimits(), folder.parent / "index", drop_duplicates=False, workers=1)
     out = folder.parent / "cache"
     cache = FeatureCache(out) if (out / "cache.json").exists() else FeatureCache.create(out, CacheHeader({}, 3, 4, 2, 16, 32))
-    plain = lambda path: decode_clip(path, SIDE, (255, 255, 255), DecodeLimits())  # noqa: E731
-    return fill_cache(cache, index, decode or plain, maker(encoders)), cache, clip_keys(index)
+    plain = lambda clip_id: frames_of(index.place(clip_id).path)  # noqa: E731
+    keys = [key.decode() for key in clip_keys(index)]
+    return fill_cache(cache, index, decode or plain, maker(encoders)), cache, dict(zip(index.trainable.tolist(), keys, strict=True))
+
+
+def frames_of(path: Path) -> np.ndarray:
+    return decode_clip(path, SIDE, (255, 255, 255), DecodeLimits())
 
 
 def test_every_clip_is_made_once_and_damaged_ones_again(folder, encoders):
     filled, cache, keys = fill(folder, encoders)
     assert (filled.made, filled.kept, filled.broken) == (5, 0, [])
     assert keys[2] == keys[4] != keys[5] and all(cache.flaw(key) is None for key in keys.values())
-    assert [len(cache.open(keys[clip_id], "").thumbnails) for clip_id in range(4)] == [5, 3, 8, 4]
+    for clip_id, frames in enumerate([5, 3, 8, 4]):
+        clip = cache.open(keys[clip_id], "")
+        assert clip.take([frames - 1], 0).latents.shape == (1, 4, 2, 2)
+        with pytest.raises(CacheError):
+            clip.take([frames], 0)
     assert cache.open(keys[5], "").texts[0] == "another caption"
     stamps = {key: cache.path(key).stat().st_mtime_ns for key in keys.values()}
     path = cache.path(keys[1])
@@ -108,17 +114,30 @@ def test_every_clip_is_made_once_and_damaged_ones_again(folder, encoders):
     assert {key for key in stamps if cache.path(key).stat().st_mtime_ns != stamps[key]} == {keys[1]}
 
 
+def test_what_may_pass_marks_no_clip_and_the_next_fill_makes_it(folder, encoders):
+    def decode(clip_id: int) -> np.ndarray:
+        if clip_id == 1:
+            raise ClipError("anything", "missed the deadline", transient=True)
+        return frames_of(folder / f"{clip_id}.png")
+
+    filled, cache, keys = fill(folder, encoders, decode)
+    assert (filled.made, filled.kept, filled.broken) == (4, 0, [])
+    assert [(problem.path, problem.reason) for problem in filled.put_off] == [("1.png", "missed the deadline")]
+    assert cache.broken(keys[1]) is None
+    filled, cache, keys = fill(folder, encoders)
+    assert (filled.made, filled.kept, filled.put_off) == (1, 4, []) and cache.flaw(keys[1]) is None
+
+
 def test_a_clip_that_cannot_be_decoded_is_listed_and_tried_again(folder, encoders):
-    def decode(path: Path) -> np.ndarray:
-        if path.name == "3.png":
-            raise ClipError("3.png", "timed out")
-        frames = decode_clip(path, SIDE, (255, 255, 255), DecodeLimits())
-        return frames[:-1] if path.name == "0.png" else frames
+    def decode(clip_id: int) -> np.ndarray:
+        if clip_id in (0, 3):
+            raise ClipError("anything", {0: "has changed since it was indexed", 3: "timed out"}[clip_id])
+        return frames_of(folder / f"{clip_id}.png")
 
     filled, cache, keys = fill(folder, encoders, decode)
     assert (filled.made, filled.kept) == (3, 0)
     assert [problem.path for problem in filled.broken] == ["0.png", "3.png"]
-    assert filled.broken[0].reason == "has 4 frames, but had 5 when it was indexed: the file has changed"
+    assert filled.broken[0].reason == "has changed since it was indexed" and len(filled.broken[0].content) == 64
     assert cache.broken(keys[3]) == "timed out" and cache.broken(keys[1]) is None
     filled, _, _ = fill(folder, encoders)
     assert (filled.made, filled.kept, filled.broken) == (2, 3, []) and cache.broken(keys[3]) is None

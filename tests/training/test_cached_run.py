@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +28,7 @@ from rdtf_ds.training.checkpoint import Saved
 from rdtf_ds.training.dry_run import describe
 from rdtf_ds.training.run_state import resume, save
 from rdtf_ds.training.validation_pipeline import LatePipeline
+from tests.models.test_frame_encoder import save_model
 from tests.small_models import load_tool
 
 CPU = torch.device("cpu")
@@ -87,6 +91,7 @@ def test_without_hidden_words_the_losses_are_those_of_the_encoders(made, monkeyp
     monkeypatch.setattr("rdtf_ds.training.encoders.load_autoencoder", no_encoders)
     monkeypatch.setattr(TextEncoders, "from_pretrained", no_encoders)
     monkeypatch.setattr("rdtf_ds.data.dataset.decode_clip", no_encoders)
+    monkeypatch.setattr("rdtf_ds.data.clips.decoding.read_place", no_encoders)
     cached = learn(made("cached", *settings, folder="cached"), 0, 6)
     assert [captions for _, captions in cached] == [captions for _, captions in resident]
     assert any("#" in caption for _, captions in cached for caption in captions), "some sample lost its text"
@@ -161,6 +166,31 @@ def test_validation_loads_the_encoders_late_and_makes_the_same_clips(made, monke
     assert len(caplog.records) == 1, "one rank tells for all"
 
 
+def test_weights_are_hashed_once_for_many_starts(made, tmp_path, monkeypatch):
+    folder = tmp_path / "encoders"
+    write_tiny_encoders(folder, width=16)
+    sources = [f"rdtf.encoders.{name}={folder}" for name in ("autoencoder", "clip", "t5")]
+    made("cached", *sources)
+    assert (tmp_path / "cache" / "weights.json").is_file()
+    monkeypatch.setattr("rdtf_ds.models.local_weights.hashlib", SimpleNamespace(sha256=hashlib.sha256, file_digest=no_encoders))
+    made("cached", *sources)
+
+
+def test_encoders_that_cannot_be_loaded_are_tried_once(made, monkeypatch):
+    run, tries = made("cached"), []
+
+    def load(*arguments):
+        tries.append(arguments)
+        raise UserError("no such encoder")
+
+    monkeypatch.setattr(assembly, "load_encoders", load)
+    pipeline = build_pipeline(run)
+    for _ in range(3):
+        with pytest.raises(UserError, match="no such encoder"):
+            pipeline("a red star", num_frames=3)
+    assert len(tries) == 1
+
+
 @pytest.mark.parametrize(
     ("setting", "told"),
     [
@@ -172,12 +202,15 @@ def test_validation_loads_the_encoders_late_and_makes_the_same_clips(made, monke
         ("rdtf.encoders.t5_dtype=bfloat16", 'rdtf.encoders.t5_dtype is "bfloat16" here'),
         ("rdtf.data.max_frames=9", "rdtf.data.max_frames is 9 here, but the cache was made with 128"),
         ("rdtf.data.word_hide_probability=0.2", "rdtf.data.word_hide_probability is 0.2 here, but the cache was made with 0.1"),
+        ("rdtf.data.frame_features=CLIP_FOLDER", 'rdtf.data.frame_features is ".*clip" here, but the cache was made with "thumbnail"'),
         ("rdtf.model.guidance=pixel", 'rdtf.model.guidance is "pixel" here, but the cache was made with "latent"'),
         ("bf16.enabled=true", 'precision is "bf16" here, but the cache was made with "fp32"'),
     ],
 )
-def test_a_cache_of_other_keys_is_refused(made, setting, told):
+def test_a_cache_of_other_keys_is_refused(made, setting, told, tmp_path):
     made("cached")
+    if "CLIP_FOLDER" in setting:
+        setting = setting.replace("CLIP_FOLDER", str(save_model(tmp_path / "clip")))
     with pytest.raises(CacheError, match=told) as caught:
         made("cached", setting, fill=False)
     assert str(caught.value).count(" here, but the cache") == 1, "nothing else differs"
@@ -186,7 +219,7 @@ def test_a_cache_of_other_keys_is_refused(made, setting, told):
 def test_a_cache_that_lacks_a_clip_names_it_and_the_command(made, clips, tmp_path):
     run = made("cached")
     for clip_id in run.index.trainable.tolist()[2:4]:
-        run.cached.cache.path(run.cached.keys[clip_id]).unlink()
+        run.cached.cache.path(run.cached.key(clip_id)).unlink()
     first = run.index.rows[run.index.trainable[2]].path
     with pytest.raises(CacheError, match="2 of 7 clips are not in the feature cache") as caught:
         made("cached", fill=False)
@@ -199,15 +232,16 @@ def test_a_cache_that_lacks_a_clip_names_it_and_the_command(made, clips, tmp_pat
 def test_a_clip_that_the_tool_could_not_decode_is_quarantined(made):
     run = made("cached")
     clip_id = run.index.trainable.tolist()[1]
-    run.cached.cache.path(run.cached.keys[clip_id]).unlink()
-    run.cached.cache.mark_broken(run.cached.keys[clip_id], "truncated in the middle")
+    run.cached.cache.path(run.cached.key(clip_id)).unlink()
+    run.cached.cache.mark_broken(run.cached.key(clip_id), "truncated in the middle")
     again = made("cached", fill=False)
     assert clip_id not in again.index.trainable and len(again.index.trainable) == 6
-    told = [(problem.path, problem.reason) for problem in again.quarantine.problems]
-    assert told == [(run.index.rows[clip_id].path, "truncated in the middle")]
+    assert again.quarantine.bad == 1
+    told = [json.loads(line) for line in again.quarantine.path.read_text().splitlines()]
+    assert [(line["path"], line["reason"]) for line in told] == [(run.index.path(clip_id), "truncated in the middle")]
     for clip_id in again.index.trainable.tolist():
-        again.cached.cache.path(again.cached.keys[clip_id]).unlink()
-        again.cached.cache.mark_broken(again.cached.keys[clip_id], "all of them")
+        again.cached.cache.path(again.cached.key(clip_id)).unlink()
+        again.cached.cache.mark_broken(again.cached.key(clip_id), "all of them")
     with pytest.raises(CacheError, match="nothing to train on"):
         made("cached", fill=False)
 
@@ -239,7 +273,14 @@ def test_encoders_replaced_in_their_folder_are_noticed(made, tmp_path):
     write_tiny_encoders(tmp_path / "replaced", width=16, vocabulary=("another",))
     (folder / "text_encoder").rename(tmp_path / "gone")
     (tmp_path / "replaced" / "text_encoder").rename(folder / "text_encoder")
-    with pytest.raises(CacheError, match=r"rdtf.encoders.clip is .* \(weights [0-9a-f]{12}\) here, but the cache was made .* \(weights"):
+    with pytest.raises(CacheError, match=r"rdtf.encoders.clip is .* \(weights [0-9a-f]{12}, tok.* here, but .* \(weights"):
+        made("cached", *sources)
+    shutil.rmtree(folder / "text_encoder")
+    (tmp_path / "gone").rename(folder / "text_encoder")
+    made("cached", *sources)
+    vocabulary = folder / "tokenizer" / "tokenizer.json"
+    vocabulary.write_text(vocabulary.read_text().replace("}", " }"))
+    with pytest.raises(CacheError, match=r"rdtf.encoders.clip is .* \(weights .*, tokenizer [0-9a-f]{12}\) here, but the cache was made"):
         made("cached", *sources)
 
 

@@ -10,8 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from rdtf_ds.curriculum.curriculum import CurriculumSnapshot
 from rdtf_ds.curriculum.pid import PIDTerms
+from rdtf_ds.data.clips.writing import write_clip
 from rdtf_ds.data.step_plan import SamplePlan, StepPlan
-from rdtf_ds.data.writing import write_clip
 from rdtf_ds.diffusion.masks import Task
 from rdtf_ds.training.engine import StepOutcome
 from rdtf_ds.training.log_files import GrowingFile
