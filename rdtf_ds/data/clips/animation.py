@@ -98,7 +98,7 @@ def _still_seen(animation: Animation, first: int, number: int) -> list[Patch]:
     size = (animation.width, animation.height)
     uncovered = [(0, 0, *size)]
     target = animation.patches[number]
-    if target.over is None:
+    if target.over is None and target.disposal is not Disposal.RESTORE:  # restored, it shows again what it covers
         uncovered = _without(uncovered, target.box)
     seen: list[Patch] = []
     for patch in reversed(animation.patches[first:number]):

@@ -45,6 +45,17 @@ def test_chosen_frames_equal_the_same_of_all(format: str, seed: int, data: st.Da
         np.testing.assert_array_equal(frame, everything[number])
 
 
+@pytest.mark.parametrize("format", READERS)
+def test_a_frame_after_a_chosen_one_shows_what_that_one_covered(format: str) -> None:
+    for seed in [2_072_808_608, *range(60)]:
+        file, count = random_animation(format, seed)
+        animation = READERS[format](file, 3000)
+        everything = played(animation)
+        for first in range(count - 1):
+            for frame, number in zip(played(animation, [first, first + 1]), (first, first + 1), strict=True):
+                np.testing.assert_array_equal(frame, everything[number], err_msg=f"seed {seed}, frame {number} of {first}, {first + 1}")
+
+
 @pytest.mark.parametrize("seed", range(25))
 def test_random_webp_is_played_as_libwebp_does_to_the_last_bit(seed: int, tmp_path: Path) -> None:
     path = tmp_path / "a.webp"
@@ -144,7 +155,8 @@ def test_what_is_decoded_is_just_what_a_pixel_by_pixel_search_finds(seed: int) -
                 continue
             if disposal is KEEP:
                 expected.append(number)
-        if not over or (disposal is CLEAR and number < wanted):
+        shows_it_again = disposal is RESTORE  # what the wanted frame covers may be asked for next
+        if (not over and not shows_it_again) or (disposal is CLEAR and number < wanted):
             uncovered[area] = False
     seen: list[int] = []
     played(counted(specification, seen, (8, 8)), [wanted])

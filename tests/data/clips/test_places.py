@@ -161,4 +161,4 @@ def test_a_name_stays_below_its_folder(name):
         assert name.startswith("/") or ".." in name.split("/") or "\0" in name or "\ud800" in name or not name.strip("./")
     else:
         assert relative_name(inside) == inside and inside.encode()
-        assert os.path.normpath(os.path.join("/root", name)) == f"/root/{inside}"
+        assert os.path.normpath(os.path.join("/base", name)) == f"/base/{inside}"
