@@ -48,7 +48,7 @@ def test_too_few_rows_are_refused() -> None:
     [
         ({"open_s": 2.1}, "open"), ({"peak_mb": 201.0}, "largest resident memory"), ({"plan_ms": 2.1}, "plan a step"),
         ({"border_ms": 2.1}, "plan the step at an epoch's border"), ({"thousandth_ms": 2.1}, "slowest plan of a thousand, processor time"),
-        ({"early_mb": 29.0}, "growth from a tenth of the steps on"), ({"half_mb": 38.0}, "growth from half of the steps on"),
+        ({"early_mb": 29.0}, "growth of own memory from a tenth of the steps on"), ({"half_mb": 38.0}, "growth of own memory from half of the steps on"),
     ],
 )  # fmt: skip
 def test_each_bar_is_held_to_its_figure(changed: dict[str, float], name: str) -> None:
@@ -91,6 +91,15 @@ def test_plans_cross_the_border_and_the_peer_plans_from_a_list() -> None:
         order = [sample.clip_id for step in range(41) for sample in planner.plan(step, planner.curriculum.initial()).samples]
         assert sorted(order[:clips]) == list(range(clips)), "each clip once an epoch"
     assert isinstance(planners[1]._order(0), np.ndarray)
+
+
+def test_own_memory_is_without_mapped_files(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(bytes(40_000_000))
+    before, own_before = index_child.resident_mb(), index_child.resident_mb("RssAnon")
+    mapped = np.memmap(file, np.uint8, "r")
+    assert mapped.sum() == 0
+    assert index_child.resident_mb() - before > 35 and abs(index_child.resident_mb("RssAnon") - own_before) < 5
 
 
 def test_memory_is_of_this_process() -> None:
