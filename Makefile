@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH_INDEX ?=
 # requirements/v100.txt on a machine with V100s.
 LOCK ?= requirements/cpu.txt
-# Extra words for pytest, such as PYTEST="-k masks".
+# Extra words for pytest, such as PYTEST="-k masks", or PYTEST=-n0 for one process that stops at a breakpoint.
 PYTEST ?=
 
 VENV := .venv
@@ -39,7 +39,7 @@ demo: $(STAMP) ## train a tiny model on generated stickers, make GIFs under runs
 	$(BIN)/python tools/demo.py
 
 test: $(STAMP) ## the test suite
-	$(BIN)/python -m pytest -q -m "not soak" $(PYTEST)
+	$(BIN)/python -m pytest -q -m "not soak" -n 2 --dist loadgroup $(PYTEST)
 
 # TORCH_INDEX is not handed on: a CPU wheel of the same version would be taken for the build that V100s get.
 test-v100-lock: ## the test suite on the CPU with requirements/v100.txt, in its own .venv-v100 (8 GB, mostly CUDA)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from rdtf_ds.data.clips.clip import letterbox
 from rdtf_ds.errors import UserError
 from rdtf_ds.seeding import derive_seed
 
@@ -17,9 +18,12 @@ Frames = Mapping[int, Picture]
 Seeds = int | Sequence[int]
 Generators = torch.Generator | Sequence[torch.Generator]
 
+SHORTEST_MS = 10
+"""Viewers show shorter frames longer than they should."""
+
 
 class ClipRequest(NamedTuple):
-    """One clip to make: ``prompt`` None for no caption, ``pictures`` by frame number, empty for none, and its own ``seed``."""
+    """One clip to make: ``prompt`` None for no caption, ``pictures`` (RGB or RGBA) by frame number, empty for none, its own ``seed``."""
 
     prompt: str | None
     pictures: dict[int, Image.Image]
@@ -32,29 +36,84 @@ def clip_requests(
     seeds: Seeds | None,
     generator: Generators | None,
     num_frames: int,
+    *,
+    clips: int | None = None,
+    unconditional: bool = False,
 ) -> list[ClipRequest]:
     """One request for each clip; a single prompt, frame mapping or seed serves all clips (a single seed s as s, s + 1, …).
 
     Blank prompts are no prompts. Without seeds they are drawn from ``generator``, without that from torch's global one.
 
+    Args:
+        clips: how many, where latents say so.
+        unconditional: a clip may have neither a prompt nor a picture.
+
     Raises:
-        UserError: lists of different lengths, frame numbers outside 0 … num_frames − 1, every frame given, or no picture where one is due.
+        UserError: lists of different lengths, frame numbers outside 0 … num_frames − 1, every frame given, no picture where one is due, or
+            a clip with nothing to go by.
     """
     prompts = None if prompt is None or isinstance(prompt, str) else list(prompt)
     mappings = None if frames is None or isinstance(frames, Mapping) else list(frames)
     numbered = _seeds_by_clip(seeds, generator)
     lists = {"prompt": prompts, "frames": mappings, "seeds": numbered if isinstance(numbered, list) else None}
-    counts = {name: len(many) for name, many in lists.items() if many is not None}
+    counts = {name: len(many) for name, many in lists.items() if many is not None} | ({} if clips is None else {"latents": clips})
     if len(set(counts.values())) > 1 or 0 in counts.values():
         told = ", ".join(f"{name}: {count}" for name, count in counts.items())
-        raise UserError(f"prompt, frames and seeds must name the same number of clips, at least one; they name {told}.")
+        raise UserError(f"prompt, frames, seeds and latents must name the same number of clips, at least one; they name {told}.")
     requests = []
     for clip in range(next(iter(counts.values()), 1)):
         text = cast("str | None", prompt if prompts is None else prompts[clip])
         chosen = cast("Frames | None", frames if mappings is None else mappings[clip]) or {}
         seed = numbered[clip] if isinstance(numbered, list) else numbered(clip)
         requests.append(ClipRequest(text if text and text.strip() else None, _pictures(chosen, num_frames), seed))
+    if not unconditional:
+        _check_something_to_go_by(requests)
     return requests
+
+
+def picture_pixels(picture: Image.Image, number: int, size: int, background: tuple[int, int, int], fit: bool) -> np.ndarray:
+    """A given picture as a frame of the clip: uint8 (size, size, 3).
+
+    Args:
+        number: its frame, for the message.
+        fit: a picture of another size or with transparent pixels is laid on the background and fitted into the square.
+
+    Raises:
+        UserError: such a picture without ``fit``.
+    """
+    if not fit:
+        remedy = "fit=True (generate.py: --fit) lays it on the background and fits it into the square."
+        if picture.size != (size, size):
+            width, height = picture.size
+            raise UserError(f"frame {number} is {width} x {height} pixels, but this model makes {size} x {size}. {remedy}")
+        if picture.mode == "RGBA" and cast("tuple[int, int]", picture.getchannel("A").getextrema())[0] < 255:
+            raise UserError(f"frame {number} has transparent pixels, but this model makes clips without transparency. {remedy}")
+    return letterbox(picture, size, background)
+
+
+def frame_durations(durations_ms: int | Sequence[int], num_frames: int) -> list[int]:
+    """Milliseconds of each frame, from one number for all or one for each.
+
+    Raises:
+        UserError: too few, too many, no whole numbers, or shorter than :data:`SHORTEST_MS`.
+    """
+    durations = [durations_ms] * num_frames if isinstance(durations_ms, int) else list(durations_ms)
+    if len(durations) != num_frames:
+        raise UserError(f"durations_ms has {len(durations)} numbers, but the clip has {num_frames} frames; give one, or one for each.")
+    for duration in durations:
+        if isinstance(duration, bool) or not isinstance(duration, (int, np.integer)) or duration < SHORTEST_MS:
+            raise UserError(f"durations_ms holds {duration!r}; a frame is shown for whole milliseconds, {SHORTEST_MS} or more.")
+    return [int(duration) for duration in durations]
+
+
+def _check_something_to_go_by(requests: list[ClipRequest]) -> None:
+    for number, request in enumerate(requests):
+        if request.prompt is None and not request.pictures:
+            which = f"clip {number} of {len(requests)} has" if len(requests) > 1 else "there is"
+            raise UserError(
+                f"{which} neither a prompt nor a frame, so there is nothing to go by. Give a caption or a picture; "
+                "unconditional=True makes a clip of whatever the model likes."
+            )
 
 
 def _seeds_by_clip(seeds: Seeds | None, generator: Generators | None) -> Callable[[int], int] | list[int]:
@@ -86,9 +145,17 @@ def _pictures(frames: Frames, num_frames: int) -> dict[int, Image.Image]:
 
 
 def _as_image(picture: Picture, number: int) -> Image.Image:
-    if isinstance(picture, Image.Image):
-        return picture if picture.mode in ("RGB", "RGBA") else picture.convert("RGBA")
+    """The picture in RGB, or in RGBA if something of it may be transparent."""
     if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[-1] in (3, 4):
         return Image.fromarray(picture)
-    kind = f"{picture.dtype} {picture.shape}" if isinstance(picture, np.ndarray) else type(picture).__name__
-    raise UserError(f"frame {number} is {kind}; give a PIL image or a uint8 array (H, W, 3 or 4).")
+    if not isinstance(picture, Image.Image):
+        kind = f"{picture.dtype} {picture.shape}" if isinstance(picture, np.ndarray) else type(picture).__name__
+        raise UserError(f"frame {number} is {kind}; give a PIL image or a uint8 array (H, W, 3 or 4).")
+    if picture.mode == "F":
+        raise UserError(f"frame {number} is a picture of floating-point numbers, whose white nobody knows; give one of 8 or 16 bits.")
+    if picture.mode.startswith("I"):  # 16 bits of grey, which Pillow's own conversion would cut off at 255
+        if "transparency" in picture.info:
+            raise UserError(f"frame {number} is a 16-bit picture with a transparent grey; save it with 8 bits, as RGBA.")
+        grey = np.asarray(picture).astype(np.float64)
+        return Image.fromarray((grey.clip(0, 65535) / 257).round().astype(np.uint8)).convert("RGB")
+    return picture.convert("RGBA" if picture.has_transparency_data else "RGB")

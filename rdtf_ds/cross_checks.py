@@ -60,6 +60,7 @@ def cross_problems(deepspeed: DeepSpeedSection, rdtf: RDTFSection, *, require_da
         *_memory(rdtf.memory),
         *_curriculum(rdtf),
         *_ranges(rdtf),
+        *_validation(rdtf),
     ]
 
 
@@ -84,6 +85,9 @@ def cross_warnings(deepspeed: DeepSpeedSection, rdtf: RDTFSection) -> list[Probl
         )
     if rdtf.memory.cache_dir and rdtf.memory.encoders != "cached":
         found.append(Problem("rdtf.memory.cache_dir", rdtf.memory.cache_dir, "it is read only with rdtf.memory.encoders = cached"))
+    if rdtf.validation.fvd_weights is not None and not rdtf.validation.fvd_interval:
+        path = "rdtf.validation.fvd_weights"
+        found.append(Problem(path, rdtf.validation.fvd_weights, "FVD is measured only with rdtf.validation.fvd_interval above 0"))
     if rdtf.curriculum.delay >= rdtf.curriculum.fast_horizon:
         found.append(
             Problem("rdtf.curriculum.delay", rdtf.curriculum.delay, "the controller acts on news older than rdtf.curriculum.fast_horizon")
@@ -232,6 +236,25 @@ def _ranges(rdtf: RDTFSection) -> Iterator[Problem]:
     if rdtf.curriculum.timestep_buckets > noise.steps:
         keys = ("rdtf.curriculum.timestep_buckets", "rdtf.diffusion.steps")
         yield Problem(keys[0], rdtf.curriculum.timestep_buckets, f"must not exceed rdtf.diffusion.steps = {noise.steps}", keys)
+
+
+def _validation(rdtf: RDTFSection) -> Iterator[Problem]:
+    keys, steps = rdtf.validation, rdtf.diffusion.steps
+    path, interval = "rdtf.validation.timesteps", "rdtf.validation.interval"
+    if keys.interval and keys.held_out_clips:
+        if late := [timestep for timestep in keys.timesteps if timestep >= steps]:
+            message = f"{late[0]} is none of the rdtf.diffusion.steps = {steps}, which are numbered 0 to {steps - 1}"
+            yield Problem(path, list(keys.timesteps), message, (path, "rdtf.diffusion.steps"))
+        elif len(set(keys.timesteps)) < len(keys.timesteps):
+            yield Problem(path, list(keys.timesteps), "names a timestep twice")
+        elif not keys.timesteps:
+            yield Problem(path, [], "no timestep to measure the loss at; name some, or set rdtf.validation.held_out_clips to 0")
+    path = "rdtf.validation.fvd_interval"
+    if keys.fvd_interval and not keys.interval:
+        yield Problem(path, keys.fvd_interval, f"FVD is part of a validation, and {interval} is 0; set that too", (path, interval))
+    elif keys.fvd_interval and keys.fvd_interval % keys.interval:
+        message = f"FVD is part of a validation, so this must be a multiple of {interval} = {keys.interval}"
+        yield Problem(path, keys.fvd_interval, message, (path, interval))
 
 
 def divisors(number: int) -> list[int]:

@@ -17,14 +17,14 @@ tags: [animated-stickers, text-to-gif, image-to-video, frame-interpolation]
 
 # DFGN, animated stickers of $side × $side pixels
 
-Makes clips of 3 to $frames frames from a caption, from pictures that are some of the frames, or from both. Trained from scratch with
-`rdtf_ds`; $parameters parameters, stored in fp16.
+Makes clips of 2 to $frames frames from a caption, from pictures that are some of the frames, or from both. Trained from scratch with
+`rdtf_ds`; $parameters parameters, stored in $dtype.
 
 ```python
 from rdtf_ds.data.clips.writing import write_clip
 from rdtf_ds.pipeline import RDTFPipeline
 
-pipeline = RDTFPipeline.from_pretrained("FOLDER")  # on a GPU: torch_dtype=torch.float16, then .to("cuda")
+pipeline = RDTFPipeline.from_pretrained("FOLDER")  # on a GPU: torch_dtype=torch.$on_gpu, then .to("cuda")
 clips = pipeline("$example", seeds=[0]).frames  # uint8 (clips, frames, height, width, 3)
 write_clip(clips[0], "sticker.gif")
 ```
@@ -52,11 +52,11 @@ write_clip(clips[0], "sticker.gif")
 
 | folder | what | source |
 | --- | --- | --- |
-| `unet` | DFGN, fp16 | this training |
+| `unet` | DFGN, $dtype | this training |
 | `vae` | frozen autoencoder | `$vae` |
 | `text_encoder`, `tokenizer` | frozen CLIP | `$clip` |
 | `text_encoder_2`, `tokenizer_2` | frozen T5 encoder; overflows in fp16, so it stays in fp32 | `$t5` |
-| `scheduler` | DDIM; defaults $steps steps, η $eta, text scale $text_scale, image scale $image_scale | |
+| `scheduler` | $sampler; defaults $steps steps, η $eta, text scale $text_scale, image scale $image_scale | |
 
 The frozen parts keep the licences of their sources.
 
@@ -66,11 +66,14 @@ Transparent pictures are put on the background colour $background; results are o
 What the model draws follows its training clips, mistakes and biases included; quality was not measured by the export.
 """)
 
-_WEIGHTS = {"ema": "exponential mean over training (EMA $decay)", "master": "as they were at this step, fp32 masters rounded to fp16"}
+_WEIGHTS = {"ema": "exponential mean over training (EMA $decay)", "master": "as they were at this step, fp32 masters"}
 
 
-def model_card(section: RDTFSection, source: CheckpointWeights, weights: Weights) -> str:
-    """The card's markdown, from the run's experiment and the checkpoint's manifest."""
+_SAMPLERS = {"ddim": "DDIM", "dpm++": "DPM-Solver++", "unipc": "UniPC"}
+
+
+def model_card(section: RDTFSection, source: CheckpointWeights, weights: Weights, dtype: str) -> str:
+    """The card's markdown, from the run's experiment, the checkpoint's manifest and what DFGN's weights are stored as."""
     data, diffusion, sampling, encoders = section.data, section.diffusion, section.sampling, section.encoders
     return _CARD.substitute(
         side=data.image_size,
@@ -78,6 +81,8 @@ def model_card(section: RDTFSection, source: CheckpointWeights, weights: Weights
         last=data.frames - 1,
         parameters=f"{sum(math.prod(shape) for shape in source.shapes().values()):,}",
         example="a red circle slides left" if data.data_dir is None else "a cat waves",
+        dtype=dtype,
+        on_gpu="float16" if dtype == "float32" else dtype,
         step=source.step,
         applied=source.manifest.get("applied_steps", source.step),
         weights=Template(_WEIGHTS[weights]).substitute(decay=section.ema.decay),
@@ -91,6 +96,7 @@ def model_card(section: RDTFSection, source: CheckpointWeights, weights: Weights
         vae=encoders.autoencoder,
         clip=encoders.clip,
         t5=encoders.t5,
+        sampler=_SAMPLERS[sampling.sampler],
         steps=sampling.steps,
         eta=sampling.eta,
         text_scale=sampling.text_scale,

@@ -1,12 +1,11 @@
 """RDTFPipeline: captions and pictures in, animated stickers out, in the manner of diffusers' video pipelines.
 
-Two-way classifier-free guidance (T caption, I visible frames, ∅ absent):
-    ε = ε(∅,∅) + s_I·[ε(∅,I) − ε(∅,∅)] + s_T·[ε(T,I) − ε(∅,I)]
-Legend: B clips, P passes of guidance, F frames, C latent channels, h w latent size, H W pixels.
+Legend: B clips, P passes of guidance (`rdtf_ds.passes`), F frames, C latent channels, h w latent size, H W pixels.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -17,63 +16,56 @@ import numpy as np
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
 
-from rdtf_ds.clip_requests import ClipRequest, Frames, Generators, Seeds, clip_requests
-from rdtf_ds.data.clips.clip import letterbox
+from rdtf_ds import samplers
+from rdtf_ds.clip_requests import ClipRequest, Frames, Generators, Seeds, clip_requests, frame_durations, picture_pixels
 from rdtf_ds.data.sources.captions import NO_CAPTION, hide_words
-from rdtf_ds.diffusion.guidance import combine_guidance, latent_guidance, pixel_guidance
+from rdtf_ds.diffusion.guidance import latent_guidance, pixel_guidance
 from rdtf_ds.errors import UserError
+from rdtf_ds.exported_model import PARTS, check_model
 from rdtf_ds.models.autoencoder import FrameAutoencoder, HaarAutoencoder  # noqa: F401  diffusers finds the class by its imported module
 from rdtf_ds.models.dfgn import DFGN
 from rdtf_ds.models.text_conditioning import TextEncoders, TextFeatures
-from rdtf_ds.seeding import numpy_generator, torch_generator
+from rdtf_ds.passes import Passes
+from rdtf_ds.seeding import numpy_generator
 
-MIN_FRAMES = 3  # the fewest frames of a training clip
+MIN_FRAMES = 2  # one less than any training clip has; a single frame is no clip
 
 
 @dataclass
 class RDTFOutput(BaseOutput):
-    """``frames``: uint8 (B, F, H, W, 3); with ``output_type="pil"`` B lists of F images; with ``"latent"`` float32 (B, C, F, h, w)."""
+    """``frames``: uint8 (B, F, H, W, 3); with ``output_type="pil"`` B lists of F images; with ``"latent"`` float32 (B, C, F, h, w).
+
+    ``durations_ms``: B lists of F numbers, how long each frame is shown.
+    """
 
     frames: np.ndarray | list[list[Image.Image]] | Tensor
+    durations_ms: list[list[int]]
+
+
+class Settings(NamedTuple):
+    """What a call goes by once the model's defaults are filled in; ``eta`` is None where the sampler has none."""
+
+    num_frames: int
+    steps: int
+    sampler: str
+    eta: float | None
+    text_scale: float
+    image_scale: float
 
 
 class Conditioning(NamedTuple):
-    """What the P passes of one step differ in, stacked pass by pass: (P·B, …), and which passes there are."""
+    """What the P passes of every step are shown, stacked pass by pass: (P·B, …)."""
 
+    passes: Passes
     visual: Tensor
     text: TextFeatures
-    has_image: bool
-    has_text: bool
-
-    @property
-    def passes(self) -> int:
-        """1 + one for visible frames + one for captions."""
-        return 1 + self.has_image + self.has_text
-
-
-def ddim_scheduler(schedule: str, steps: int, beta_start: float, beta_end: float) -> DDIMScheduler:
-    """The sampler of a model trained on ε under these β (Table 6).
-
-    Steps are ``trailing``: they start at the last trained timestep, whose latents are as good as the pure noise sampling starts from,
-    and the last one lands on the clean clip (α = 1), so that the picture keeps no noise.
-    """
-    return DDIMScheduler(
-        num_train_timesteps=steps,
-        beta_start=beta_start,
-        beta_end=beta_end,
-        beta_schedule=schedule,
-        prediction_type="epsilon",
-        timestep_spacing="trailing",
-        set_alpha_to_one=True,
-        clip_sample=False,
-    )
 
 
 class RDTFPipeline(DiffusionPipeline):
@@ -87,13 +79,14 @@ class RDTFPipeline(DiffusionPipeline):
         vae: AutoencoderKL or HaarAutoencoder.
         text_encoder, tokenizer: CLIP.
         text_encoder_2, tokenizer_2: T5's encoder.
-        scheduler: DDIM with the trained β; see :func:`ddim_scheduler`.
+        scheduler: the sampler a call uses by default, with the trained β; see :func:`rdtf_ds.samplers.make_sampler`.
         image_size: side of the square clips, pixels.
         max_frames: of a clip; noise is drawn for so many and cut.
         text_length: tokens of each encoder.
         background: colour behind transparent pixels and beside pictures that are not square.
-        steps, eta, text_scale, image_scale: defaults of a call.
+        steps, eta, text_scale, image_scale: defaults of a call; samplers without η do without it.
         slice_frames: frames that pass through the autoencoder at once.
+        frame_ms: how long a frame is shown, unless a call says otherwise.
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->unet->vae"
@@ -117,7 +110,7 @@ class RDTFPipeline(DiffusionPipeline):
         tokenizer: PreTrainedTokenizerBase,
         text_encoder_2: T5EncoderModel,
         tokenizer_2: PreTrainedTokenizerBase,
-        scheduler: DDIMScheduler,
+        scheduler: SchedulerMixin,
         image_size: int = 256,
         max_frames: int = 8,
         text_length: int = 77,
@@ -127,6 +120,7 @@ class RDTFPipeline(DiffusionPipeline):
         text_scale: float = 7.5,
         image_scale: float = 7.5,
         slice_frames: int = 8,
+        frame_ms: int = 120,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -140,7 +134,9 @@ class RDTFPipeline(DiffusionPipeline):
         )
         self.register_to_config(image_size=image_size, max_frames=max_frames, text_length=text_length, background=tuple(background))
         self.register_to_config(steps=steps, eta=eta, text_scale=text_scale, image_scale=image_scale)
-        self.register_to_config(slice_frames=slice_frames)
+        self.register_to_config(slice_frames=slice_frames, frame_ms=frame_ms)
+        self._slice_frames = slice_frames
+        self._interrupt = False
 
     @classmethod
     def from_pretrained(cls, folder: str | PathLike[str], **kwargs: Any) -> RDTFPipeline:  # type: ignore[override]
@@ -149,18 +145,69 @@ class RDTFPipeline(DiffusionPipeline):
         ``torch_dtype`` applies to all parts but T5, which overflows in float16 and then stays float32.
 
         Raises:
-            UserError: a path that is no exported model.
+            UserError: a path that is no exported model, or one of which something is missing or damaged.
         """
         path = Path(folder)
-        looks_local = path.exists() or path.is_absolute() or str(folder).startswith(".") or len(path.parts) > 2
-        if looks_local and not (path / "model_index.json").is_file():
-            raise UserError(
-                f"'{folder}' is no exported model: it has no model_index.json. Make one with tools/export_fp16.py CHECKPOINT OUT."
-            )
+        if path.exists() or path.is_absolute() or str(folder).startswith(".") or len(path.parts) > 2:
+            check_model(path, given=[name for name in PARTS if kwargs.get(name) is not None])
         dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
         if dtype == torch.float16:
             dtype = {"default": torch.float16, "text_encoder_2": torch.float32}
         return super().from_pretrained(folder, dtype=dtype, **kwargs)
+
+    def enable_vae_slicing(self) -> None:
+        """From now on frames pass through the autoencoder one by one: the least memory, the same pictures but for rounding."""
+        self._slice_frames = 1
+
+    def disable_vae_slicing(self) -> None:
+        """Frames pass through the autoencoder ``slice_frames`` at once again."""
+        self._slice_frames = self.config.slice_frames
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the call under way was asked to stop; a callback asks by ``pipeline._interrupt = True``, as with diffusers.
+
+        The steps that are left are then not made, and the result is what the latents were by then.
+        """
+        return self._interrupt
+
+    def settings(
+        self,
+        num_frames: int | None = None,
+        num_inference_steps: int | None = None,
+        sampler: str | None = None,
+        eta: float | None = None,
+        text_scale: float | None = None,
+        image_scale: float | None = None,
+    ) -> Settings:
+        """What a call with these arguments would go by.
+
+        Raises:
+            UserError: a value the model or the sampler has no use for.
+        """
+        config = self.config
+        name = samplers.sampler_name(self.scheduler if sampler is None else samplers.swap_sampler(self.scheduler, sampler))
+        if name != "ddim" and eta is not None and eta > 0:
+            raise UserError(f"eta is {eta:g}, but the sampler {name} has none: leave eta out, or choose sampler='ddim'.")
+        found = Settings(
+            config.max_frames if num_frames is None else num_frames,
+            config.steps if num_inference_steps is None else num_inference_steps,
+            name,
+            (config.eta if eta is None else eta) if name == "ddim" else None,
+            config.text_scale if text_scale is None else text_scale,
+            config.image_scale if image_scale is None else image_scale,
+        )
+        if not MIN_FRAMES <= found.num_frames <= config.max_frames:
+            raise UserError(f"num_frames is {found.num_frames}; this model makes {MIN_FRAMES} to {config.max_frames} frames.")
+        trained = self.scheduler.config.num_train_timesteps
+        if not 1 <= found.steps <= trained:
+            raise UserError(f"num_inference_steps is {found.steps}; choose 1 to {trained}.")
+        if found.eta is not None and not 0 <= found.eta <= 1:
+            raise UserError(f"eta is {found.eta:g}; choose 0 (no noise is added while sampling) to 1.")
+        for key in ("text_scale", "image_scale"):
+            if not math.isfinite(getattr(found, key)):
+                raise UserError(f"{key} is {getattr(found, key)}; choose a number, such as 7.5; 0 leaves its term out.")
+        return found
 
     @torch.no_grad()
     def __call__(
@@ -174,7 +221,13 @@ class RDTFPipeline(DiffusionPipeline):
         image_scale: float | None = None,
         seeds: Seeds | None = None,
         generator: Generators | None = None,
+        latents: Tensor | None = None,
+        sampler: str | None = None,
         keep_given_frames: bool = True,
+        fit: bool = False,
+        unconditional: bool = False,
+        durations_ms: int | Sequence[int] | None = None,
+        max_batch: int | None = None,
         output_type: str = "np",
         return_dict: bool = True,
         callback_on_step_end: Callable[[RDTFPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor]] | None = None,
@@ -184,85 +237,63 @@ class RDTFPipeline(DiffusionPipeline):
 
         Args:
             prompt: one caption, or one for each clip; None or blank leaves the caption term out.
-            frames: visible frames by frame number (0 is the first), for all clips or one mapping for each; pictures of any size, RGB or
-                RGBA; they are fitted into the square on the background. None or empty leaves the image term out.
-            num_frames: 3 to ``max_frames``; None: ``max_frames``.
-            num_inference_steps, eta, text_scale, image_scale: None takes the model's defaults.
+            frames: visible frames by number (0 is the first), for all clips or one mapping for each: PIL images or uint8 arrays.
+            num_frames, num_inference_steps, eta, text_scale, image_scale: None takes the model's defaults. 2 frames are fewer than any
+                training clip had.
             seeds: one for each clip; one number s means s, s + 1, …. A clip depends on its own seed alone, not on its neighbours.
             generator: in place of seeds, diffusers' way; seeds are drawn from it. Neither: seeds come from torch's global generator.
+            latents: (B, C, F, h, w), in place of the noise sampling starts from; the seeds stay those of noise added later.
+            sampler: one of ``rdtf_ds.samplers.SAMPLERS`` in place of ``pipeline.scheduler``.
             keep_given_frames: the given pictures stand in the result as they were given; False leaves what the model made of them.
+            fit: pictures of another size or with transparent pixels are fitted into the square, on the background; else refused.
+            unconditional: clips with neither caption nor frame may be asked for.
+            durations_ms: how long frames are shown, one number or one for each; None: the model's ``frame_ms``.
+            max_batch: the most clips × passes of guidance that go through the network at once; None: all.
             output_type: ``np`` (uint8), ``pil`` or ``latent``.
             callback_on_step_end: called as (pipeline, step number, timestep, {"latents": …}); what it returns replaces the latents.
 
         Raises:
             UserError: inputs that do not fit each other or the model, or a model that made NaN.
         """
-        config = self.config
-        num_frames = config.max_frames if num_frames is None else num_frames
-        num_inference_steps = config.steps if num_inference_steps is None else num_inference_steps
-        self._check_numbers(num_frames, num_inference_steps, output_type)
-        requests = clip_requests(prompt, frames, seeds, generator, num_frames)
-        eta = config.eta if eta is None else eta
-        scales = (config.image_scale if image_scale is None else image_scale, config.text_scale if text_scale is None else text_scale)
-
-        pixels, visible = self._visible_pixels(requests, num_frames)
-        condition = self._condition([request.prompt for request in requests], pixels, visible)
-        latents = self._denoise(
-            condition,
-            _NoiseSource([request.seed for request in requests], self._noise_shape()),
-            num_frames,
-            num_inference_steps,
-            eta,
-            scales,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-        )
-        if not torch.isfinite(latents).all():
-            raise UserError(
-                f"the model made NaN or infinite values in {self.unet.dtype}. Load it with torch_dtype=torch.float32 (generate.py: "
-                "--dtype float32); if that fails too, the exported training run has diverged."
-            )
-        result = latents if output_type == "latent" else self._pictures(latents, pixels, visible & keep_given_frames, output_type)
+        settings = self.settings(num_frames, num_inference_steps, sampler, eta, text_scale, image_scale)
+        _check_choices(output_type, max_batch, callback_on_step_end_tensor_inputs)
+        clips = None if latents is None else len(latents)
+        requests = clip_requests(prompt, frames, seeds, generator, settings.num_frames, clips=clips, unconditional=unconditional)
+        durations = frame_durations(self.config.frame_ms if durations_ms is None else durations_ms, settings.num_frames)
+        pixels, visible = self._visible_pixels(requests, settings.num_frames, fit)
+        condition = self._condition([request.prompt for request in requests], pixels, visible, settings)
+        noise = samplers.ClipNoise([request.seed for request in requests], self._noise_shape(), settings.num_frames)
+        steps = StepOptions(max_batch, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        made = self._denoise(condition, noise, latents, settings, steps)
+        result = made if output_type == "latent" else self._pictures(made, pixels, visible & keep_given_frames, output_type)
         self.maybe_free_model_hooks()  # type: ignore[no-untyped-call]
-        return RDTFOutput(frames=result) if return_dict else (result,)
+        return RDTFOutput(frames=result, durations_ms=[list(durations) for _ in requests]) if return_dict else (result,)
 
-    def _check_numbers(self, num_frames: int, num_inference_steps: int, output_type: str) -> None:
-        if not MIN_FRAMES <= num_frames <= self.config.max_frames:
-            raise UserError(f"num_frames is {num_frames}; this model makes {MIN_FRAMES} to {self.config.max_frames} frames.")
-        trained = self.scheduler.config.num_train_timesteps
-        if not 1 <= num_inference_steps <= trained:
-            raise UserError(f"num_inference_steps is {num_inference_steps}; choose 1 to {trained}.")
-        if output_type not in ("np", "pil", "latent"):
-            raise UserError(f"output_type is {output_type!r}; choose np, pil or latent.")
-
-    def _visible_pixels(self, requests: list[ClipRequest], num_frames: int) -> tuple[Tensor, Tensor]:
+    def _visible_pixels(self, requests: list[ClipRequest], num_frames: int, fit: bool) -> tuple[Tensor, Tensor]:
         """The given pictures as uint8 (B, 3, F, H, W), zero where there is none, and the condition mask (B, F) bool; both on the CPU."""
         size = self.config.image_size
         pixels = torch.zeros(len(requests), 3, num_frames, size, size, dtype=torch.uint8)
         visible = torch.zeros(len(requests), num_frames, dtype=torch.bool)
         for clip, request in enumerate(requests):
             for number, picture in request.pictures.items():
-                fitted = letterbox(picture, size, tuple(self.config.background))
-                pixels[clip, :, number] = rearrange(torch.from_numpy(fitted.copy()), "h w c -> c h w")
+                frame = picture_pixels(picture, number, size, tuple(self.config.background), fit)
+                pixels[clip, :, number] = rearrange(torch.from_numpy(frame.copy()), "h w c -> c h w")
                 visible[clip, number] = True
         return pixels, visible
 
-    def _condition(self, prompts: list[str | None], pixels: Tensor, visible: Tensor) -> Conditioning:
-        """Visual and text guidance of every pass; passes that would equal the one before are left out."""
-        has_image, has_text = bool(visible.any()), any(prompts)
-        no_image = self._visual_guidance(pixels, torch.zeros_like(visible))
-        image = self._visual_guidance(pixels, visible)
+    def _condition(self, prompts: list[str | None], pixels: Tensor, visible: Tensor, settings: Settings) -> Conditioning:
+        """Visual and text guidance of every pass."""
+        passes = Passes.plan(bool(visible.any()), any(prompts), settings.image_scale, settings.text_scale)
         # The same words hidden as in training: a caption of n words without text is n times "#".
         hidden = [hide_words(prompt, 1.0, numpy_generator(0)) if prompt else NO_CAPTION for prompt in prompts]
         captions = [prompt or no_text for prompt, no_text in zip(prompts, hidden, strict=True)]
-        visual, text = [no_image], hidden.copy()
-        if has_image:
-            visual, text = visual + [image], text + hidden
-        if has_text:
-            visual, text = visual + [image], text + captions
-        return Conditioning(torch.cat(visual), self._encode_text(text), has_image, has_text)
+        # In the order of `model_cpu_offload_seq`, but for the autoencoder, which is small.
+        text = self.encode_text([caption for one in passes.conditions for caption in (captions if one.text else hidden)])
+        visual = {shown: self._visual_guidance(pixels, visible & shown) for shown in {one.image for one in passes.conditions}}
+        return Conditioning(passes, torch.cat([visual[one.image] for one in passes.conditions]), text)
 
-    def _encode_text(self, captions: list[str]) -> TextFeatures:
+    def encode_text(self, captions: list[str]) -> TextFeatures:
+        """Features of captions in DFGN's dtype, on the device it computes on."""
         encoders = TextEncoders(
             clip_tokenizer=self.tokenizer,
             clip=self.text_encoder,
@@ -270,11 +301,15 @@ class RDTFPipeline(DiffusionPipeline):
             t5=self.text_encoder_2,
             text_length=self.config.text_length,
         )
-        return encoders.to(self._execution_device).encode(captions).to(dtype=self.unet.dtype)
+        return encoders.encode(captions).to(self._execution_device, self.unet.dtype)
+
+    def frame_autoencoder(self) -> FrameAutoencoder:
+        """The autoencoder as this call uses it."""
+        return FrameAutoencoder(self.vae, self._slice_frames)
 
     def _visual_guidance(self, pixels: Tensor, visible: Tensor) -> Tensor:
         """Guidance channels (B, C or 4, F, h, w) of the visible frames, zero elsewhere, as in training."""
-        autoencoder = self._autoencoder()
+        autoencoder = self.frame_autoencoder()
         device = self._execution_device
         side = self.config.image_size // autoencoder.factor
         frames = pixels.to(device, torch.float32) / 127.5 - 1
@@ -288,66 +323,77 @@ class RDTFPipeline(DiffusionPipeline):
             rearrange(latents, "b c f h w -> b f c h w")[mask] = rearrange(encoded, "n c 1 h w -> n c h w")
         return latent_guidance(latents, mask).to(self.unet.dtype)
 
-    def _autoencoder(self) -> FrameAutoencoder:
-        return FrameAutoencoder(self.vae, self.config.slice_frames).to(self._execution_device)
-
     def _noise_shape(self) -> tuple[int, ...]:
-        side = self.config.image_size // self._autoencoder().factor
+        side = self.config.image_size // self.frame_autoencoder().factor
         return self.unet.config.out_channels, self.config.max_frames, side, side
 
     def _denoise(
-        self,
-        condition: Conditioning,
-        noise: _NoiseSource,
-        num_frames: int,
-        steps: int,
-        eta: float,
-        scales: tuple[float, float],
-        callback: Callable[..., dict[str, Tensor]] | None,
-        callback_inputs: Sequence[str],
+        self, condition: Conditioning, noise: samplers.ClipNoise, latents: Tensor | None, settings: Settings, options: StepOptions
     ) -> Tensor:
-        """The DDIM loop, latents in float32 whatever the model's dtype: float32 (B, C, F, h, w)."""
+        """The sampling loop, latents in float32 whatever the model's dtype: float32 (B, C, F, h, w)."""
         device = self._execution_device
-        latents = noise.draw(num_frames).to(device)
-        self.scheduler.set_timesteps(steps, device=device)
-        with self.progress_bar(total=steps) as bar:
-            for number, timestep in enumerate(self.scheduler.timesteps):
-                epsilon = self._guided_noise(latents, timestep, condition, scales)
-                fresh = noise.draw(num_frames).to(device) if eta > 0 else None
-                latents = self.scheduler.step(epsilon, timestep, latents, eta=eta, variance_noise=fresh, return_dict=False)[0]
-                if callback is not None:
-                    offered = {name: {"latents": latents}[name] for name in callback_inputs}
-                    latents = callback(self, number, timestep, offered).pop("latents", latents)
+        start = noise.draw()
+        if latents is not None and latents.shape != start.shape:
+            raise UserError(f"latents are {tuple(latents.shape)}; these clips start from {tuple(start.shape)}.")
+        latents = (start if latents is None else latents).to(device, torch.float32)
+        own = samplers.sampler_name(self.scheduler) == settings.sampler
+        scheduler = samplers.begin(self.scheduler if own else samplers.swap_sampler(self.scheduler, settings.sampler), settings.steps)
+        self._interrupt = False
+        with self.progress_bar(total=settings.steps) as bar:
+            for number, timestep in enumerate(scheduler.timesteps):
+                if self._interrupt:
+                    break
+                epsilon = self._guided_noise(latents, timestep, condition, options.max_batch)
+                latents = samplers.step(scheduler, epsilon, timestep, latents, settings.eta or 0.0, lambda: noise.draw().to(device))
+                latents = options.call_back(self, number, timestep, latents)
                 bar.update()
+        if not torch.isfinite(latents).all():
+            raise UserError(
+                f"the model made NaN or infinite values in {self.unet.dtype}. Load it with torch_dtype=torch.float32 (generate.py: "
+                "--dtype float32); if that fails too, the exported training run has diverged."
+            )
         return latents
 
-    def _guided_noise(self, latents: Tensor, timestep: Tensor, condition: Conditioning, scales: tuple[float, float]) -> Tensor:
-        """One step's ε (B, C, F, h, w) float32: all passes in one batch, then two-way guidance."""
-        sample = torch.cat([latents.to(self.unet.dtype)] * condition.passes)
-        sample = torch.cat([sample, condition.visual], dim=1)  # noisy latents first, guidance after them
-        epsilon = self.unet(sample, timestep.expand(len(sample)), condition.text).float()
-        eps = list(epsilon.chunk(condition.passes))
-        eps_none = eps.pop(0)
-        eps_image = eps.pop(0) if condition.has_image else eps_none
-        eps_both = eps.pop(0) if condition.has_text else eps_image
-        image_scale, text_scale = scales
-        return combine_guidance(eps_none, eps_image, eps_both, image_scale=image_scale, text_scale=text_scale)
+    def _guided_noise(self, latents: Tensor, timestep: Tensor, condition: Conditioning, max_batch: int | None) -> Tensor:
+        """One step's ε (B, C, F, h, w) float32: all passes in one batch, or in as many as ``max_batch`` asks for, then joined."""
+        passes, visual, text = condition
+        sample = torch.cat([latents.to(self.unet.dtype)] * len(passes))
+        sample = torch.cat([sample, visual], dim=1)  # noisy latents first, guidance after them
+        timesteps = timestep.to(sample.device).expand(len(sample))
+        size = max_batch or len(sample)
+        epsilon = [
+            self.unet(sample[part], timesteps[part], TextFeatures(text.clip[part], text.t5[part])).float()
+            for part in (slice(first, first + size) for first in range(0, len(sample), size))
+        ]
+        return passes.combine(torch.cat(epsilon).chunk(len(passes)))
 
     def _pictures(self, latents: Tensor, pixels: Tensor, kept: Tensor, output_type: str) -> np.ndarray | list[list[Image.Image]]:
-        decoded = self._autoencoder().decode(latents).cpu()
+        decoded = self.frame_autoencoder().decode(latents).cpu()
         made = ((decoded + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         made = torch.where(rearrange(kept, "b f -> b 1 f 1 1"), pixels, made)
         clips = rearrange(made, "b c f h w -> b f h w c").contiguous().numpy()
         return clips if output_type == "np" else [[Image.fromarray(frame) for frame in clip] for clip in clips]
 
 
-class _NoiseSource:
-    """Noise of every clip from its own seed, drawn for ``max_frames`` frames and cut: neither neighbours nor length change it."""
+class StepOptions(NamedTuple):
+    """How steps are made, beside what they compute."""
 
-    def __init__(self, seeds: list[int], shape: tuple[int, ...]) -> None:
-        self.generators = [torch_generator(seed, "sampling noise") for seed in seeds]
-        self.shape = shape
+    max_batch: int | None
+    callback: Callable[..., dict[str, Tensor]] | None
+    callback_inputs: Sequence[str]
 
-    def draw(self, num_frames: int) -> Tensor:
-        """The next noise, float32 (B, C, F, h, w) on the CPU."""
-        return torch.stack([torch.randn(self.shape, generator=generator)[:, :num_frames] for generator in self.generators])
+    def call_back(self, pipeline: RDTFPipeline, number: int, timestep: Tensor, latents: Tensor) -> Tensor:
+        """The latents, or what the callback puts in their place."""
+        if self.callback is None:
+            return latents
+        offered = {name: {"latents": latents}[name] for name in self.callback_inputs}
+        return self.callback(pipeline, number, timestep, offered).pop("latents", latents)
+
+
+def _check_choices(output_type: str, max_batch: int | None, callback_inputs: Sequence[str]) -> None:
+    if output_type not in ("np", "pil", "latent"):
+        raise UserError(f"output_type is {output_type!r}; choose np, pil or latent.")
+    if max_batch is not None and max_batch < 1:
+        raise UserError(f"max_batch is {max_batch}; choose 1 or more, or None for no bound.")
+    if unknown := set(callback_inputs) - {"latents"}:
+        raise UserError(f"callback_on_step_end_tensor_inputs names {min(unknown)!r}; there is only 'latents'.")

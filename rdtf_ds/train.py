@@ -35,7 +35,7 @@ from rdtf_ds.exit_codes import DONE  # noqa: E402
 from rdtf_ds.experiment import Experiment, load_experiment  # noqa: E402
 from rdtf_ds.memory.report import Report, tensors_by_phase  # noqa: E402
 from rdtf_ds.models.attention import resolve_backend  # noqa: E402
-from rdtf_ds.training.assembly import Run, build_pipeline, build_run, prepare_folder, validation_requests, write_config  # noqa: E402
+from rdtf_ds.training.assembly import Run, build_run, prepare_folder, write_config  # noqa: E402
 from rdtf_ds.training.checkpoint import Resumed, Saved, SaveFailed  # noqa: E402
 from rdtf_ds.training.collectives import any_rank, gather_objects, on_rank_zero  # noqa: E402
 from rdtf_ds.training.command_line import parse_arguments  # noqa: E402
@@ -51,7 +51,7 @@ from rdtf_ds.training.run_lock import RunLock  # noqa: E402
 from rdtf_ds.training.run_state import describe_save, resume, save  # noqa: E402
 from rdtf_ds.training.supervisor import heartbeat, leave  # noqa: E402
 from rdtf_ds.training.telemetry import RunLog, StepRecord  # noqa: E402
-from rdtf_ds.training.validation import Validation  # noqa: E402
+from rdtf_ds.training.validation_assembly import build_validation  # noqa: E402
 
 
 def train_step(run: Run, step: int, batches: list[Batch], watch: StepWatch) -> StepRecord:
@@ -96,9 +96,23 @@ def train(run: Run, log: RunLog, first_step: int, interruptions: Interruptions, 
         """Whether any rank was asked to save, and to stop."""
         return any_rank(*interruptions.poll(rank))
 
+    def keep(must: bool) -> bool:
+        """Save; whether that worked."""
+        heartbeat().beat("save")
+        with memory.phase("save"):
+            saved = save(run, log)
+        memory.report(log, run.engine.attempted_steps)
+        if must and isinstance(saved, SaveFailed):
+            raise saved
+        interruptions.done_saving()
+        return isinstance(saved, Saved)
+
     if asked()[1]:
         return stopped(run, log, interruptions)  # while it started
-    validate = Validation(build_pipeline(run), validation_requests(run), rdtf.validation.steps) if rdtf.validation.interval else None
+    validation = build_validation(run, log, memory, interruptions.noticed)
+    validation.make_up(first_step)
+    if first_step >= rdtf.max_steps:
+        return DONE
     steps = run.loader.steps(first_step, rdtf.max_steps)
     with closing(steps):  # type: ignore[type-var]  # a generator; closed, it ends its workers
         heartbeat().beat("step")
@@ -117,22 +131,18 @@ def train(run: Run, log: RunLog, first_step: int, interruptions: Interruptions, 
             broken, to_save, to_stop = any_rank(bool(problems), *interruptions.poll(rank))
             if broken:
                 run.merge_problems(problems, step)
-            if validate is not None and not to_stop and (done % rdtf.validation.interval == 0 or last):
-                heartbeat().beat("validation")
-                with memory.phase("validation"):
-                    validate(run.engine, run.ema, run.folder, log, done, interruptions.noticed)
-                to_save, to_stop = asked()
             # Amid bad steps there is nothing worth keeping, and it would become what the run goes back to.
             due = done % rdtf.checkpoint.interval == 0 and not run.bad_steps.count
+            kept = False
             if due or to_save or to_stop or last:
-                heartbeat().beat("save")
-                with memory.phase("save"):
-                    saved = save(run, log)
-                memory.report(log, done)
-                if (to_stop or last) and isinstance(saved, SaveFailed):
-                    raise saved
-                interruptions.done_saving()
-                to_stop = asked()[1] and (to_stop or isinstance(saved, Saved))  # asked while it saved, there is nothing more to save
+                kept = keep(to_stop or last)
+                to_stop = asked()[1] and (to_stop or kept)  # asked while it saved, there is nothing more to save
+            if not to_stop and validation.due(done):
+                validation(done)  # after the save: a kill amid it costs no step
+                to_save, to_stop = asked()
+                if to_save or to_stop:
+                    kept = kept or keep(to_stop)
+                    interruptions.done_saving()
             if to_stop and not last:
                 return stopped(run, log, interruptions)
             heartbeat().beat("step")
@@ -207,16 +217,16 @@ def rounds(run: Run, resumed: Resumed | None, interruptions: Interruptions, plan
             try:
                 if resumed is None and isinstance(failed := save(run, log), SaveFailed):
                     raise failed  # better now than at the first checkpoint
-                code = train(run, log, first_step, interruptions, memory) if first_step < rdtf.max_steps else DONE
+                code = train(run, log, first_step, interruptions, memory)
             except NumbersWentBad as bad:
                 log.alarm(send_back(run, bad))
                 heartbeat().beat("resume")
                 with memory.phase("resume"):
                     resumed = resume(run, gone_bad=bad)
                 continue
+            log.say_share_of_validation(rdtf.validation.max_share)
             if run.engine.attempted_steps >= rdtf.max_steps:
-                more = f"--max_steps above {rdtf.max_steps} goes on from here"
-                log.say(f"Done: {run.engine.attempted_steps} steps are in {run.folder}. {more}.")
+                log.say(f"Done: {run.engine.attempted_steps} steps are in {run.folder}. A --max_steps above that goes on from here.")
             return code
 
 
@@ -227,12 +237,8 @@ def run_command(arguments: list[str]) -> int:
 
     def command() -> int:
         experiment = load_experiment(
-            options.deepspeed_config,
-            options.set,
-            data_dir=options.data_dir,
-            output_dir=options.output_dir,
-            max_steps=options.max_steps,
-            seed=options.seed,
+            *(options.deepspeed_config, options.set),
+            **{key: getattr(options, key) for key in ("data_dir", "output_dir", "max_steps", "seed")},
         )
         folder.append(Path(experiment.rdtf.output_dir))
         return main(options, experiment)

@@ -36,3 +36,11 @@ def real_data() -> Path:
     if not (folder / "stickers" / "metadata.jsonl").is_file():
         pytest.skip(f"no real clips in {folder}; set RDTF_REAL_DATA to a folder with stickers/ and odd/")
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """How two processes share the suite: what launches whole runs goes to one of them, one after the other; other files go whole."""
+    for item in items:
+        file = item.nodeid.partition("::")[0]
+        launches = file.startswith(("tests/faults/", "tests/integration/"))
+        item.add_marker(pytest.mark.xdist_group("launches" if launches else file))

@@ -253,6 +253,34 @@ _DATA = (
         tests=("tests/data/test_quarantine.py", "tests/data/test_loader.py"),
     ),
     Mutant(
+        name="a share that holds nothing out is not doubted",
+        file="rdtf_ds/data/indexing/split_check.py",
+        old='fraction > 0 and not index.counts()["held_out"]',
+        new='fraction > 1 and not index.counts()["held_out"]',
+        tests=("tests/data/indexing/test_split_check.py",),
+    ),
+    Mutant(
+        name="a pattern is searched in a window's own name",
+        file="rdtf_ds/data/indexing/index.py",
+        old='yield path if first == WHOLE else path.rpartition("#")[0]',
+        new="yield path",
+        tests=("tests/data/indexing/test_split_check.py",),
+    ),
+    Mutant(
+        name="an index that a checkpoint names is removed",
+        file="rdtf_ds/training/kept_index.py",
+        old="            if path.name not in needed:\n",
+        new="            if path.name != current.folder.name:\n",
+        tests=("tests/training/test_kept_index.py",),
+    ),
+    Mutant(
+        name="a tar packed by xz is read as one that is damaged",
+        file="rdtf_ds/data/sources/tar.py",
+        old='b"\\xfd7zXZ\\0": ".tar.xz"',
+        new='b"\\xfd7zXZ": ".tar.zst"',
+        tests=("tests/data/sources/test_sources.py",),
+    ),
+    Mutant(
         name="one strike is enough",
         file="rdtf_ds/data/quarantine.py",
         old="_STRIKES = 2",
@@ -425,19 +453,116 @@ _GENERATION = (
     Mutant(
         name="words hidden from one encoder only",
         file="rdtf_ds/pipeline.py",
-        old="        return Conditioning(torch.cat(visual), self._encode_text(text), has_image, has_text)\n",
+        old="        visual = {shown: self._visual_guidance",
         new=(
-            "        unhidden = self._encode_text(captions * len(visual))\n"
-            "        features = self._encode_text(text)._replace(t5=unhidden.t5)\n"
-            "        return Conditioning(torch.cat(visual), features, has_image, has_text)\n"
+            "        text = text._replace(t5=self.encode_text(captions * len(passes)).t5)\n"
+            "        visual = {shown: self._visual_guidance"
         ),
         tests=("tests/test_pipeline.py",),
     ),
     Mutant(
+        name="every pass sees the visible frames",
+        file="rdtf_ds/pipeline.py",
+        old="visible & shown)",
+        new="visible)",
+        tests=("tests/test_pipeline.py",),
+    ),
+    Mutant(
+        name="the scales change places",
+        file="rdtf_ds/pipeline.py",
+        old="any(prompts), settings.image_scale, settings.text_scale)",
+        new="any(prompts), settings.text_scale, settings.image_scale)",
+        tests=("tests/test_pipeline.py",),
+    ),
+    Mutant(
+        name="given latents are ignored",
+        file="rdtf_ds/pipeline.py",
+        old="latents = (start if latents is None else latents)",
+        new="latents = start",
+        tests=("tests/test_pipeline.py",),
+    ),
+    Mutant(
+        name="a call's sampler is ignored",
+        file="rdtf_ds/pipeline.py",
+        old="samplers.begin(self.scheduler if own else samplers.swap_sampler(self.scheduler, settings.sampler), settings.steps)",
+        new="samplers.begin(self.scheduler, settings.steps)",
+        tests=("tests/test_pipeline.py",),
+    ),
+    Mutant(
+        name="a bounded batch sees the text of its first passes alone",
+        file="rdtf_ds/pipeline.py",
+        old="TextFeatures(text.clip[part], text.t5[part])",
+        new="TextFeatures(text.clip[: len(sample[part])], text.t5[part])",
+        tests=("tests/test_pipeline.py",),
+    ),
+    Mutant(
+        name="a pass that cancels is made all the same",
+        file="rdtf_ds/passes.py",
+        old="if coefficient != 0}",
+        new="}",
+        tests=("tests/test_passes.py",),
+    ),
+    Mutant(
+        name="the caption's term has the picture's coefficient",
+        file="rdtf_ds/passes.py",
+        old="image: image_scale - text_scale, both: text_scale}",
+        new="image: image_scale - text_scale, both: image_scale}",
+        tests=("tests/test_passes.py",),
+    ),
+    Mutant(
+        name="DDIM takes steps of one length though they differ",
+        file="rdtf_ds/samplers.py",
+        old="        scheduler.num_inference_steps = Fraction(",
+        new="        _ = Fraction(",
+        tests=("tests/test_samplers.py",),
+    ),
+    Mutant(
+        name="a step at timestep -1",
+        file="rdtf_ds/samplers.py",
+        old="if mine.timesteps[-1] < 0:",
+        new="if mine.timesteps[-1] < -1:",
+        tests=("tests/test_samplers.py",),
+    ),
+    Mutant(
+        name="a call leaves its state in the pipeline's sampler",
+        file="rdtf_ds/samplers.py",
+        old="mine = copy.deepcopy(scheduler)",
+        new="mine = scheduler",
+        tests=("tests/test_samplers.py",),
+    ),
+    Mutant(
+        name="sixteen bits of grey are cut off at 255",
+        file="rdtf_ds/clip_requests.py",
+        old="(grey.clip(0, 65535) / 257)",
+        new="grey.clip(0, 255)",
+        tests=("tests/test_clip_requests.py",),
+    ),
+    Mutant(
+        name="nearly opaque pixels pass for opaque",
+        file="rdtf_ds/clip_requests.py",
+        old="[0] < 255:",
+        new="[0] < 254:",
+        tests=("tests/test_clip_requests.py",),
+    ),
+    Mutant(
+        name="a model without one of its weights loads",
+        file="rdtf_ds/exported_model.py",
+        old="for name in sorted(expected.keys() | found.keys()):",
+        new="for name in sorted(expected.keys() & found.keys()):",
+        tests=("tests/test_exported_model.py",),
+    ),
+    Mutant(
+        name="an offloaded autoencoder is called where it waits",
+        file="rdtf_ds/models/autoencoder.py",
+        old="    @apply_forward_hook\n    def encode",
+        new="    def encode",
+        tests=("tests/test_offload.py",),
+    ),
+    Mutant(
         name="guidance channels before the noisy latents",
         file="rdtf_ds/pipeline.py",
-        old="torch.cat([sample, condition.visual], dim=1)",
-        new="torch.cat([condition.visual, sample], dim=1)",
+        old="torch.cat([sample, visual], dim=1)",
+        new="torch.cat([visual, sample], dim=1)",
         tests=("tests/test_pipeline.py",),
     ),
     Mutant(
@@ -445,7 +570,63 @@ _GENERATION = (
         file="rdtf_ds/checkpoints/weights.py",
         old='if weights == "master":',
         new='if weights in ("master", "ema"):',
-        tests=("tests/test_export.py",),
+        tests=("tests/export/test_exporting.py",),
+    ),
+    Mutant(
+        name="a value beyond the exported dtype is let through",
+        file="rdtf_ds/export/weight_files.py",
+        old="    if largest > limit:",
+        new="    if largest > 2 * limit:",
+        tests=("tests/export/test_weight_files.py",),
+    ),
+    Mutant(
+        name="a shard is as large as the size and one parameter more",
+        file="rdtf_ds/export/weight_files.py",
+        old="held + length > max_shard",
+        new="held > max_shard",
+        tests=("tests/export/test_weight_files.py",),
+    ),
+    Mutant(
+        name="a frozen part keeps its weights once it is written",
+        file="rdtf_ds/export/frozen_parts.py",
+        old='    return part.to("meta")',
+        new="    return part",
+        tests=("tests/export/test_exporting.py",),
+    ),
+    Mutant(
+        name="what was read of a checkpoint stays in memory",
+        file="rdtf_ds/checkpoints/mapped_pages.py",
+        old="    if length > 0 and",
+        new="    if length < 0 and",
+        tests=("tests/checkpoints/test_mapped_pages.py",),
+    ),
+    Mutant(
+        name="values that are NaN pass the half check",
+        file="rdtf_ds/export/half_check.py",
+        old="        return self.relative_error is not None and self.relative_error <= self.bar",
+        new="        return self.relative_error is None or self.relative_error <= self.bar",
+        tests=("tests/export/test_half_check.py",),
+    ),
+    Mutant(
+        name="a batch of which a clip is there is not made",
+        file="rdtf_ds/generation/making.py",
+        old="if any(job.name not in there for job in group)",
+        new="if all(job.name not in there for job in group)",
+        tests=("tests/generation/test_making.py",),
+    ),
+    Mutant(
+        name="clips of other settings count as made",
+        file="rdtf_ds/generation/making.py",
+        old="if found.get(key) != note.get(key)]",
+        new="if key not in found]",
+        tests=("tests/generation/test_making.py",),
+    ),
+    Mutant(
+        name="sub-blocks of a GIF's comment are a byte too long",
+        file="rdtf_ds/data/clips/metadata.py",
+        old="data[start : start + 255] for start in range(0, len(data), 255)",
+        new="data[start : start + 256] for start in range(0, len(data), 256)",
+        tests=("tests/data/clips/test_metadata.py",),
     ),
 )
 
@@ -598,6 +779,149 @@ _INSPECTION = (
     ),
 )
 
+_WEB = (
+    Mutant(
+        name="the web page takes predictions with gaps",
+        file="rdtf_ds/web/slots.py",
+        old="if len(frames) >= MIN_SHOWN and frames in ends:",
+        new="if len(frames) >= MIN_SHOWN:",
+        tests=("tests/web/test_slots.py",),
+    ),
+    Mutant(
+        name="visitors of the web page share the model at once",
+        file="rdtf_ds/web/studio.py",
+        old="        with self._busy:\n",
+        new="        if True:\n",
+        tests=("tests/web/test_studio.py",),
+    ),
+)
+
+_EVALUATION = (
+    Mutant(
+        name="patches are drawn for all cells at once",
+        file="rdtf_ds/evaluation/fragments.py",
+        old="(VIEWS, CELLS, CELLS)) for cell",
+        new="(VIEWS, 1, 1)).repeat(CELLS, 1).repeat(CELLS, 2) for cell",
+        tests=("tests/evaluation/test_fragments.py",),
+    ),
+    Mutant(
+        name="opposite ends of a shifted picture see each other",
+        file="rdtf_ds/evaluation/swin3d.py",
+        old="return inside[:, :, None] != inside[:, None]",
+        new="return inside[:, :, None] < inside[:, None]",
+        tests=("tests/evaluation/test_swin3d.py",),
+    ),
+    Mutant(
+        name="the tables of two fragments and of one are swapped",
+        file="rdtf_ds/evaluation/swin3d.py",
+        old="torch.lerp(within, biases,",
+        new="torch.lerp(biases, within,",
+        tests=("tests/evaluation/test_swin3d.py",),
+    ),
+    Mutant(
+        name="weights of strangers may run what they say",
+        file="rdtf_ds/evaluation/fast_vqa_weights.py",
+        old="weights_only=True",
+        new="weights_only=False",
+        tests=("tests/evaluation/test_fast_vqa.py",),
+    ),
+    Mutant(
+        name="halves of a distance share their clips",
+        file="rdtf_ds/evaluation/measures.py",
+        old="other[order[half : 2 * half]]",
+        new="other[order[:half]]",
+        tests=("tests/evaluation/test_measures.py",),
+    ),
+    Mutant(
+        name="clips held out are mixed with those trained on",
+        file="rdtf_ds/evaluation/test_set.py",
+        old="ids = index.held_out if held_out else",
+        new="ids = index.trainable if held_out else",
+        tests=("tests/evaluation/test_test_set.py",),
+    ),
+    Mutant(
+        name="an evaluation goes on with clips of other settings",
+        file="rdtf_ds/evaluation/evaluating.py",
+        old="        if told:\n",
+        new="        if False:\n",
+        tests=("tests/tools/test_evaluate.py",),
+    ),
+    Mutant(
+        name="all clips of an evaluation have one seed",
+        file="rdtf_ds/evaluation/test_set.py",
+        old='derive_seed(seed, "evaluated clip", row["path"])',
+        new="seed",
+        tests=("tests/evaluation/test_test_set.py",),
+    ),
+)
+
+_VALIDATION = (
+    Mutant(
+        name="validation with the weights of the last step",
+        file="rdtf_ds/training/validation.py",
+        old="with self.ema.applied_to(self.engine) if self.ema is not None else nullcontext():",
+        new="with nullcontext():",
+        tests=("tests/training/test_validation.py",),
+    ),
+    Mutant(
+        name="the bound of validation forgets what it took",
+        file="rdtf_ds/training/validation_budget.py",
+        old=" / (1 - max_share) - validated_s",
+        new=" / (1 - max_share)",
+        tests=("tests/training/test_validation_budget.py",),
+    ),
+    Mutant(
+        name="clips of validation use up what the losses wait for",
+        file="rdtf_ds/training/validation_budget.py",
+        old="            return nothing\n",
+        new="            losses = False\n",
+        tests=("tests/training/test_validation_budget.py",),
+    ),
+    Mutant(
+        name="held-out samples of a clip share their noise",
+        file="rdtf_ds/training/held_out.py",
+        old="clip.name, task.value, timestep)",
+        new="clip.name)",
+        tests=("tests/training/test_held_out.py",),
+    ),
+    Mutant(
+        name="held-out losses are weighted",
+        file="rdtf_ds/training/held_out.py",
+        old="min_snr_gamma=None",
+        new="min_snr_gamma=objective.min_snr_gamma",
+        tests=("tests/training/test_held_out.py",),
+    ),
+    Mutant(
+        name="every rank measures the same held-out clips",
+        file="rdtf_ds/training/held_out.py",
+        old="range(rank, len(clips), world_size)",
+        new="range(0, len(clips), world_size)",
+        tests=("tests/training/test_held_out.py",),
+    ),
+    Mutant(
+        name="a rank that fails leaves the others waiting",
+        file="rdtf_ds/training/validation_units.py",
+        old="    except Exception as error:\n",
+        new="    except UserError as error:\n",
+        tests=("tests/training/test_validation.py",),
+    ),
+    Mutant(
+        name="a validation is forgotten by the resume that follows it",
+        file="rdtf_ds/training/telemetry.py",
+        old="first_step + 1 if first_step else 0",
+        new="first_step",
+        tests=("tests/training/test_telemetry.py",),
+    ),
+    Mutant(
+        name="features of real clips take part twice in FVD",
+        file="rdtf_ds/training/validation_fvd.py",
+        old="np.stack([pair.made for pair in ordered])",
+        new="np.stack([pair.real for pair in ordered])",
+        tests=("tests/training/test_validation_fvd.py",),
+    ),
+)
+
 MUTANTS: tuple[Mutant, ...] = (
-    *_DIFFUSION, *_CURRICULUM, *_PLANS, *_DATA, *_MODELS, *_TRAINING, *_GENERATION, *_FAULTS, *_MEMORY, *_INSPECTION,
+    *_DIFFUSION, *_CURRICULUM, *_PLANS, *_DATA, *_MODELS, *_TRAINING, *_GENERATION, *_FAULTS, *_MEMORY, *_INSPECTION, *_WEB,
+    *_EVALUATION, *_VALIDATION,
 )  # fmt: skip

@@ -16,7 +16,8 @@ from torch import Tensor
 from rdtf_ds.models.autoencoder import HaarAutoencoder
 from rdtf_ds.models.dfgn import DFGN
 from rdtf_ds.models.tiny_encoders import tiny_clip, tiny_t5
-from rdtf_ds.pipeline import RDTFPipeline, ddim_scheduler
+from rdtf_ds.pipeline import RDTFPipeline
+from rdtf_ds.samplers import make_sampler
 
 SIDE, FACTOR, CHANNELS = 16, 2, 12  # Haar at f = 2: 3·2² channels
 
@@ -42,7 +43,7 @@ def small_dfgn(guidance: str = "latent", text_width: int = 16) -> DFGN:
 
 
 def make_pipeline(encoders: dict[str, Any], unet: Any, **settings: Any) -> RDTFPipeline:
-    scheduler = ddim_scheduler("linear", 1000, 0.00085, 0.012)
+    scheduler = make_sampler("ddim", "linear", 1000, 0.00085, 0.012)
     settings = {"image_size": SIDE, "steps": 4, "text_scale": 3.0, "image_scale": 2.0, **settings}
     pipeline = RDTFPipeline(unet=unet, vae=HaarAutoencoder(FACTOR), scheduler=scheduler, **encoders, **settings)
     pipeline.set_progress_bar_config(disable=True)

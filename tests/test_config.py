@@ -317,6 +317,7 @@ class TestDevice:
 
 
 OFFLOAD = 'zero_optimization.offload_optimizer={"device":"cpu"}'
+VALIDATES = "rdtf.validation.interval=10"
 
 
 class TestAcrossKeys:
@@ -364,6 +365,11 @@ class TestAcrossKeys:
             (["rdtf.diffusion.beta_end=0.0008"], "rdtf.diffusion.beta_end", "above beta_start = 0.00085"),
             (["rdtf.sampling.steps=1001"], "rdtf.sampling.steps", "rdtf.diffusion.steps = 1000"),
             (["rdtf.validation.steps=1001"], "rdtf.validation.steps", "rdtf.diffusion.steps = 1000"),
+            ([VALIDATES, "rdtf.validation.timesteps=[0,9,1000]"], "rdtf.validation.timesteps", "1000 is none of the rdtf.diffusion.steps"),
+            ([VALIDATES, "rdtf.validation.timesteps=[5,7,5]"], "rdtf.validation.timesteps", "names a timestep twice"),
+            ([VALIDATES, "rdtf.validation.timesteps=[]"], "rdtf.validation.timesteps", "set rdtf.validation.held_out_clips to 0"),
+            (["rdtf.validation.fvd_interval=5"], "rdtf.validation.fvd_interval", "rdtf.validation.interval is 0"),
+            ([VALIDATES, "rdtf.validation.fvd_interval=15"], "rdtf.validation.fvd_interval", "multiple of rdtf.validation.interval = 10"),
             (["rdtf.curriculum.timestep_buckets=1001"], "rdtf.curriculum.timestep_buckets", "rdtf.diffusion.steps = 1000"),
         ],
     )
@@ -457,6 +463,10 @@ class TestFeatureCache:
         assert "tools/cache_dataset.py" in str(found["rdtf.memory.cache_dir"])
         assert set(problems("rdtf.memory.encoders=cached", "rdtf.memory.cache_dir=")) == {"rdtf.memory.cache_dir"}
         assert load("tiny_cpu", "rdtf.memory.encoders=cached", "rdtf.memory.cache_dir=somewhere").warnings == ()
+        [warning] = load("tiny_cpu", VALIDATES, "rdtf.validation.fvd_weights=some.ckpt").warnings
+        assert "rdtf.validation.fvd_weights" in warning and "fvd_interval above 0" in warning
+        assert not load("tiny_cpu", VALIDATES, "rdtf.validation.fvd_weights=some.ckpt", "rdtf.validation.fvd_interval=20").warnings
+        load("tiny_cpu", "rdtf.validation.timesteps=[]")  # never read, for it never validates
 
     @pytest.mark.parametrize("mode", ["resident", "cpu"])
     def test_a_cache_that_is_not_read_is_warned_of(self, mode: str) -> None:

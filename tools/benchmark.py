@@ -1,4 +1,4 @@
-"""Measures beside a peer: ``python tools/benchmark.py {forward,train_step,attention,trim,memory,index,loader} [--json] ...``.
+"""Measures beside a peer, or what something costs: ``python tools/benchmark.py NAME [--json] ...``; ``--help`` lists the names.
 
 Every figure is a median over repetitions in which ours and the peer took turns in one process on the same input. ``--json`` prints one
 JSON object on standard output.
@@ -21,7 +21,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 from rdtf_ds.benchmarks.report import lines_of  # noqa: E402
 from rdtf_ds.errors import UserError  # noqa: E402
 
-BENCHMARKS = ("forward", "train_step", "attention", "trim", "memory", "index", "loader", "fvd")
+BENCHMARKS = ("forward", "train_step", "attention", "trim", "memory", "index", "loader", "fvd", "export", "guidance", "samplers")
 
 
 def main() -> int:

@@ -27,19 +27,21 @@ from rdtf_ds.data.cache_header import HEADER, CacheError, CacheHeader  # noqa: E
 from rdtf_ds.data.clips.decoding import decode_clip  # noqa: E402
 from rdtf_ds.data.feature_cache import FeatureCache  # noqa: E402
 from rdtf_ds.data.indexing.index import ClipIndex  # noqa: E402
+from rdtf_ds.data.indexing.split_check import split_doubts  # noqa: E402
 from rdtf_ds.errors import UserError  # noqa: E402
 from rdtf_ds.experiment import Experiment, load_experiment  # noqa: E402
 from rdtf_ds.training.cache_making import FeatureMaker, Filled, fill_cache  # noqa: E402
-from rdtf_ds.training.caching import make_header  # noqa: E402
-from rdtf_ds.training.data_assembly import decode_limits, make_index  # noqa: E402
+from rdtf_ds.training.caching import clips_of_cache, make_header  # noqa: E402
+from rdtf_ds.training.data_assembly import decode_limits, make_index, why_refused  # noqa: E402
 from rdtf_ds.training.encoders import encoder_dtype, load_encoders  # noqa: E402
+from rdtf_ds.wording import counted  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Make or extend a cache; the exit code.
 
-    0 when every clip that can be decoded is in it, 1 when some were not decoded for a reason that may pass, 2 with one paragraph on
-    standard error when it cannot be made.
+    0 when every clip that can be decoded is in it, 1 when some were not decoded for a reason that may pass or when more are broken than
+    a run allows, 2 with one paragraph on standard error when it cannot be made.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--deepspeed_config", required=True, metavar="JSON", help="the run's experiment")
@@ -63,18 +65,28 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"Interrupted; what is in '{options.out}' is whole, the same command goes on.", file=sys.stderr)
         return 130
+    for doubt in split_doubts(index):
+        print(f"WARNING: {doubt}", file=sys.stderr)
     print(index.summary())
-    print(f"{options.out}: {filled.made} clips made, {filled.kept} were there, {len(filled.broken)} cannot be decoded")
+    print(f"{options.out}: {counted(filled.made, 'clip')} made, {filled.kept} there before, {len(filled.broken)} not decodable")
     for problem in filled.broken:
         print(f"  {problem.path}: {problem.reason}")
     if filled.put_off:
         for problem in filled.put_off:
             print(f"  {problem.path}: {problem.reason}", file=sys.stderr)
         print(
-            f"{len(filled.put_off)} clips were not decoded for a reason that may pass, and are not in '{options.out}' yet: the same "
-            "command tries them again, with more time by --set rdtf.data.decode_timeout_s=S. A run from this cache needs them.",
+            f"Not decoded for a reason that may pass, and not in '{options.out}' yet: {counted(len(filled.put_off), 'clip')}. The same "
+            "command tries again, with more time by --set rdtf.data.decode_timeout_s=S. A run from this cache needs them all.",
             file=sys.stderr,
         )
+        return 1
+    try:
+        refused = why_refused(experiment.rdtf, Path(experiment.rdtf.output_dir), clips_of_cache(FeatureCache(options.out), index))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    if refused is not None:
+        print(f"A run from this cache would not start: {refused}", file=sys.stderr)
         return 1
     print(f"Train from it with --set rdtf.memory.encoders=cached --set rdtf.memory.cache_dir={options.out}")
     return 0

@@ -7,6 +7,7 @@ Run it again to go on where it stopped; ``--fresh`` starts over.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -56,7 +57,7 @@ def main() -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    print("\n".join(report.lines()))
+    print("\n".join([*report.lines(), *validation_lines(arguments.out / "run" / "validation.jsonl")]))
     print(f"look at {arguments.out / 'contact_sheet.png'}, {arguments.out / 'gifs'} and: tensorboard --logdir {arguments.out / 'run'}")
     return 0
 
@@ -146,6 +147,17 @@ def report_on(asked: list[tuple[Sticker, Path]], out: Path) -> Report:
     contact_sheet(pictures, [sticker.caption for sticker, _ in shown], out / "contact_sheet.png")
     training = list(training_clips(out / "run" / "stickers", clips[0][1].shape[1], CLIPS))
     return judge(clips, training)
+
+
+def validation_lines(log: Path) -> list[str]:
+    """How much of training's time validation took, and how the loss on held-out stickers fell."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    measured = [(line["step"], line["losses"]["loss"]) for line in lines if line["losses"]]
+    told = [f"validation while training: {lines[-1]['share']:.1%} of the time"] if lines else []
+    if measured:
+        (first, before), (last, after) = measured[0], measured[-1]
+        told.append(f"loss on held-out stickers: {before:.3f} after {first} steps, {after:.3f} after {last}")
+    return told
 
 
 def decode_size(path: Path) -> int:

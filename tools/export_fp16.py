@@ -1,4 +1,4 @@
-"""Exports a checkpoint as fp16 safetensors in diffusers' layout: ``python tools/export_fp16.py CHECKPOINT OUT``."""
+"""Exports a checkpoint in diffusers' layout, in fp16 unless told otherwise: ``python tools/export_fp16.py CHECKPOINT OUT``."""
 
 from __future__ import annotations
 
@@ -11,34 +11,55 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rdtf_ds.errors import UserError  # noqa: E402
-from rdtf_ds.export import export  # noqa: E402
+from rdtf_ds.export.exporting import ExportReport, export  # noqa: E402
+from rdtf_ds.export.half_check import HalfCheck, half_check  # noqa: E402
+from rdtf_ds.export.weight_files import DEFAULT_SHARD, DTYPES  # noqa: E402
 
 ENCODERS = ("autoencoder", "clip", "t5")
 
 
 def main() -> int:
-    """Exit code 0, or 2 with one paragraph on standard error when the input cannot be exported."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", type=Path, help="a run folder (its newest complete step is taken) or a step folder")
-    parser.add_argument("out", type=Path, help="folder to make; must not exist, or be empty")
-    parser.add_argument("--weights", choices=("ema", "master"), default="ema", help="mean over training, or the weights as they are")
-    parser.add_argument(
-        "--encoders", nargs="+", default=[], metavar="NAME=SOURCE", help="other frozen parts than the run's: autoencoder=, clip=, t5="
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    arguments = parser.parse_args()
+    """Exit code 0, 1 when the exported model fails its check, 2 with one paragraph on standard error when the input cannot be exported."""
+    arguments = _parser().parse_args()
+    check = None
     try:
-        report = export(arguments.checkpoint, arguments.out, arguments.weights, _sources(arguments.encoders))
+        report = export(
+            arguments.checkpoint, arguments.out, arguments.weights, _sources(arguments.encoders), arguments.dtype, arguments.max_shard_size
+        )
+        if arguments.half_check:
+            check = half_check(report.checkpoint, report.folder, arguments.weights, arguments.dtype)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
     if arguments.json:
-        print(json.dumps(asdict(report)))
+        print(json.dumps({**asdict(report), "half_check": check and {**asdict(check), "holds": check.holds}}))
     else:
-        size = f"{report.bytes / 2**20:,.1f} MiB"
-        print(f"{report.parameters:,} parameters of step {report.step} ({report.weights}) in {report.folder}, {size}.")
-        print(f'Next: python tools/generate.py --model {report.folder} --prompt "..." --out sticker.gif')
-    return 0
+        print("\n".join(_lines(report, check)))
+    return 1 if check is not None and not check.holds else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path, help="a run folder (its newest complete step is taken) or a step folder")
+    parser.add_argument("out", type=Path, help="folder to make; must not exist, or be empty")
+    parser.add_argument("--weights", choices=("ema", "master"), default="ema", help="mean over training, or the weights as they are")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float16", help="of DFGN's weights (float16); the frozen parts keep fp32")
+    parser.add_argument("--max_shard_size", default=DEFAULT_SHARD, help=f"a part above it becomes several files ({DEFAULT_SHARD})")
+    parser.add_argument("--half_check", action="store_true", help="compare an answer of the exported DFGN with fp32; takes more memory")
+    parser.add_argument(
+        "--encoders", nargs="+", default=[], metavar="NAME=SOURCE", help="other frozen parts than the run's: autoencoder=, clip=, t5="
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _lines(report: ExportReport, check: HalfCheck | None) -> list[str]:
+    size, speed = f"{report.bytes / 2**20:,.1f} MiB", f"{report.seconds:.1f} s, {report.gb_per_second:.2f} GB/s of fp32 weights"
+    what = f"{report.parameters:,} parameters of step {report.step} ({report.weights}, {report.dtype})"
+    lines = [f"{what} in {report.folder}, {size}; {speed}."]
+    if check is not None:
+        lines.append(str(check))
+    return [*lines, f'Next: python tools/generate.py --model {report.folder} --prompt "..." --out sticker.gif']
 
 
 def _sources(pairs: list[str]) -> dict[str, str]:

@@ -4,6 +4,9 @@ text to animation:       python tools/generate.py --model OUT --prompt "a red ci
 picture to animation:    ... --frame 0=a.png
 prediction:              ... --frame 0=a.png --frame 1=b.png
 interpolation:           ... --frame 0=a.png --frame 7=b.png
+many prompts:            python tools/generate.py --model OUT --prompts prompts.txt --out_dir clips
+a grid of settings:      ... --grid text_scale=1,4,7.5 --grid steps=25,50 --seeds 0,1,2 --out_dir clips
+how a clip was made:     python tools/generate.py --show x.gif
 """
 
 from __future__ import annotations
@@ -11,141 +14,98 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
-
-from rdtf_ds.data.clips.writing import write_clip  # noqa: E402
+from rdtf_ds.data.clips.metadata import read_metadata  # noqa: E402
 from rdtf_ds.errors import UserError  # noqa: E402
-from rdtf_ds.pipeline import RDTFPipeline  # noqa: E402
+from rdtf_ds.generation.ordering import DTYPES, SUFFIXES, Order, take_order  # noqa: E402
+from rdtf_ds.samplers import SAMPLERS  # noqa: E402
 
-SUFFIXES = (".gif", ".webp", ".png", ".apng", ".mp4", ".webm")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+INTERRUPTED = 130
 
 
 def main() -> int:
-    """Exit code 0, or 2 with one paragraph on standard error when the input does not do."""
+    """Exit code 0, 2 with what is wrong on standard error when the input does not do, or 130 after Ctrl-C."""
     arguments = _parser().parse_args()
+    order: Order | None = None
     try:
-        report = _generate(arguments)
+        if arguments.show is not None:
+            return _show(arguments.show)
+        order = take_order(arguments)
+        report = order.fill()
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        done = f"{order.done} of {len(order.jobs)} clips are there. " if order is not None else ""
+        print(f"\nStopped. {done}The same command goes on with the rest.", file=sys.stderr)
+        return INTERRUPTED
     if arguments.json:
         print(json.dumps(report))
     else:
-        print(f"{', '.join(report['files'])}: {report['frames']} frames each, {report['seconds']:.1f} s on {report['device']}")
+        print(_told(report))
     return 0
+
+
+def _show(path: Path) -> int:
+    metadata = read_metadata(path)
+    if metadata is None:
+        raise UserError(f"'{path}' says nothing of how it was made: this package did not make it, or another program rewrote it.")
+    print(json.dumps(metadata, indent=2, ensure_ascii=False))
+    return 0
+
+
+def _told(report: dict[str, object]) -> str:
+    files, kept, sheets = report["files"], report["kept"], report["sheets"]
+    assert isinstance(files, list) and isinstance(kept, int) and isinstance(sheets, list)
+    shown = ", ".join(files) if len(files) <= 4 else f"{files[0]} … {files[-1]}, {len(files)} clips"
+    lines = [f"{shown}: {report['frames']} frames each, {report['seconds']:.1f} s on {report['device']}"]
+    if kept:
+        lines.append(f"{kept} of them were there already, made with the same settings, and were left.")
+    if sheets:
+        part = f", of the first {report['shown']} clips" if report["shown"] != len(files) else ""
+        lines.append(f"look at {' and '.join(sheets)}{part}")
+    return "\n".join(lines)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="folder made by tools/export_fp16.py")
-    parser.add_argument("--prompt", default="", help="caption; may be left out when frames are given")
-    parser.add_argument("--frame", action="append", default=[], metavar="N=PICTURE", help="a visible frame, the first is 0; repeatable")
-    parser.add_argument("--out", type=Path, required=True, help=f"file to write: {' '.join(SUFFIXES)}")
-    parser.add_argument("--frames", type=int, help="frames of a clip (default: the most the model makes)")
-    parser.add_argument("--steps", type=int, help="DDIM steps (default: the model's)")
-    parser.add_argument("--eta", type=float, help="0 adds no noise while sampling (default: the model's)")
-    parser.add_argument("--text_scale", type=float, help="guidance by the caption (default: the model's)")
-    parser.add_argument("--image_scale", type=float, help="guidance by the visible frames (default: the model's)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first clip; the next ones count up")
-    parser.add_argument("--count", type=int, default=1, help="clips to make; more than one are numbered: x_0.gif, x_1.gif, ...")
-    parser.add_argument("--batch", type=int, default=1, help="clips made at once; changes memory and time, not the clips")
-    parser.add_argument("--redraw_frames", action="store_true", help="show the model's version of the given frames, not the pictures")
-    parser.add_argument("--scale", type=int, default=1, help="enlarge by whole pixels, for small models")
-    parser.add_argument("--duration_ms", type=int, default=120, help="time each frame is shown")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: float16 on a GPU, float32 without")
+    parser.add_argument("--model", type=Path, help="folder made by tools/export_fp16.py")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="print what a clip's file says of how it was made, and end")
+    what = parser.add_argument_group("what to make")
+    what.add_argument("--prompt", default="", help="caption; may be left out when frames are given")
+    what.add_argument("--prompts", type=Path, metavar="FILE", help="many: .txt a line each; .jsonl, .csv with pictures, seeds, settings")
+    what.add_argument("--frame", action="append", default=[], metavar="N=PICTURE", help="a visible frame, the first is 0; repeatable")
+    what.add_argument("--frames", type=int, help="frames of a clip (default: the most the model makes)")
+    what.add_argument("--seed", type=int, help="of the first clip of a prompt (default: 0); the next ones count up")
+    what.add_argument("--count", type=int, default=1, help="clips of each prompt; more than one are numbered: x_0.gif, x_1.gif, ...")
+    what.add_argument("--seeds", metavar="N,N", help="in place of --seed and --count: the seeds of each prompt's clips")
+    what.add_argument("--grid", action="append", default=[], metavar="NAME=V,V", help="every combination: text_scale=1,4 ...; repeatable")
+    where = parser.add_argument_group("where to")
+    where.add_argument("--out", type=Path, help=f"file to write: {' '.join(SUFFIXES)}")
+    where.add_argument("--out_dir", type=Path, help="folder for many; clips that are there already are left")
+    where.add_argument("--suffix", default=".gif", choices=SUFFIXES, help="of the clips in --out_dir (default: .gif)")
+    where.add_argument("--overwrite", action="store_true", help="clips of other settings that are in --out_dir are made again")
+    where.add_argument("--sheet", action="store_true", help="also write all clips on one picture, as PNG and playing (--grid always does)")
+    how = parser.add_argument_group("how")
+    how.add_argument("--sampler", choices=SAMPLERS, help="default: the model's")
+    how.add_argument("--steps", type=int, help="steps of sampling (default: the model's)")
+    how.add_argument("--eta", type=float, help="of ddim; 0 adds no noise while sampling (default: the model's)")
+    how.add_argument("--text_scale", type=float, help="guidance by the caption (default: the model's)")
+    how.add_argument("--image_scale", type=float, help="guidance by the visible frames (default: the model's)")
+    how.add_argument("--fit", action="store_true", help="pictures of another size or with transparency are fitted, not refused")
+    how.add_argument("--redraw_frames", action="store_true", help="show the model's version of the given frames, not the pictures")
+    how.add_argument("--scale", type=int, default=1, help="enlarge by whole pixels, for small models")
+    how.add_argument("--duration_ms", metavar="N or N,N", help="time each frame is shown, or one for each (default: the model's)")
+    machine = parser.add_argument_group("by what")
+    machine.add_argument("--batch", type=int, default=1, help="clips made at once; changes memory and time, not the clips")
+    machine.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    machine.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: float16 on a GPU, float32 without")
+    machine.add_argument("--offload", action="store_true", help="on a GPU: parts wait in CPU memory until they are needed")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
-
-
-def _generate(arguments: argparse.Namespace) -> dict[str, object]:
-    """Checks everything that can be checked before the model is loaded, makes the clips and writes them."""
-    _check(arguments)
-    pictures = _pictures(arguments.frame)
-    device, dtype = _device(arguments.device, arguments.dtype)
-    started = time.perf_counter()
-    pipeline = RDTFPipeline.from_pretrained(arguments.model, torch_dtype=dtype).to(device)
-    files: list[str] = []
-    for first in range(0, arguments.count, arguments.batch):
-        seeds = range(arguments.seed + first, arguments.seed + min(first + arguments.batch, arguments.count))
-        clips = pipeline(
-            arguments.prompt,
-            pictures,
-            num_frames=arguments.frames,
-            num_inference_steps=arguments.steps,
-            eta=arguments.eta,
-            text_scale=arguments.text_scale,
-            image_scale=arguments.image_scale,
-            seeds=list(seeds),
-            keep_given_frames=not arguments.redraw_frames,
-        ).frames
-        for clip in clips:
-            path = arguments.out if arguments.count == 1 else arguments.out.with_stem(f"{arguments.out.stem}_{len(files)}")
-            _write(clip, path, arguments.scale, arguments.duration_ms)
-            files.append(str(path))
-    return {
-        "files": files,
-        "seeds": list(range(arguments.seed, arguments.seed + arguments.count)),
-        "prompt": arguments.prompt,
-        "frames": len(clip),
-        "device": device,
-        "seconds": time.perf_counter() - started,
-    }
-
-
-def _check(arguments: argparse.Namespace) -> None:
-    if not (arguments.model / "model_index.json").is_file():
-        raise UserError(f"--model {arguments.model}: no exported model is there. Make one with: python tools/export_fp16.py CHECKPOINT OUT")
-    if not arguments.prompt.strip() and not arguments.frame:
-        raise UserError("neither --prompt nor --frame is given, so there is nothing to go by. Give a caption, pictures, or both.")
-    if arguments.out.suffix.lower() not in SUFFIXES:
-        raise UserError(f"--out {arguments.out}: the suffix is not one of {' '.join(SUFFIXES)}.")
-    for name, least in (("count", 1), ("batch", 1), ("scale", 1), ("duration_ms", 10), ("eta", 0)):
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name} is {value}; it must be at least {least}.")
-
-
-def _pictures(pairs: list[str]) -> dict[int, Image.Image]:
-    pictures: dict[int, Image.Image] = {}
-    for pair in pairs:
-        number, equals, path = pair.partition("=")
-        if not equals or not number.strip().isdecimal():
-            raise UserError(f"--frame {pair}: write N=PICTURE, with N the frame's number, 0 for the first.")
-        if int(number) in pictures:
-            raise UserError(f"--frame {pair}: frame {int(number)} is given twice.")
-        try:
-            with Image.open(path) as image:
-                pictures[int(number)] = image.convert("RGBA")
-        except Exception as error:  # Pillow's readers raise OSError, SyntaxError, ValueError and more for a broken picture
-            reason = "there is no such file" if isinstance(error, FileNotFoundError) else f"{error}"
-            raise UserError(f"--frame {pair}: the picture cannot be read: {reason}.") from error
-    return pictures
-
-
-def _device(device: str, dtype: str) -> tuple[str, torch.dtype]:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no GPU here. python tools/doctor.py says why; --device cpu works without one.")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype == "auto":
-        dtype = "float16" if device == "cuda" else "float32"
-    return device, DTYPES[dtype]
-
-
-def _write(clip: np.ndarray, path: Path, scale: int, duration_ms: int) -> None:
-    try:
-        write_clip(clip.repeat(scale, axis=1).repeat(scale, axis=2), path, duration_ms)
-    except OSError as error:
-        raise UserError(f"--out {path}: cannot be written: {error.strerror or error}.") from error
 
 
 if __name__ == "__main__":

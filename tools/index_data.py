@@ -25,9 +25,11 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing here is DeepSpeed's; i
 import torch  # noqa: E402
 
 from rdtf_ds.data.indexing.index import ClipIndex  # noqa: E402
+from rdtf_ds.data.indexing.split_check import split_doubts  # noqa: E402
 from rdtf_ds.errors import UserError  # noqa: E402
 from rdtf_ds.experiment import load_experiment  # noqa: E402
-from rdtf_ds.training.data_assembly import index_clips  # noqa: E402
+from rdtf_ds.training.data_assembly import index_clips, why_refused  # noqa: E402
+from rdtf_ds.wording import counted  # noqa: E402
 
 CONFIG = Path(__file__).resolve().parents[1] / "ds_configs" / "v100.json"
 SHOWN_REASONS, SHOWN_FILES = 20, 3
@@ -41,6 +43,8 @@ class Report:
         counts: `ClipIndex.counts`.
         broken: for each reason how many clips, most first, and the first few of them.
         examined: files examined now, at ``per_second``; the others were known.
+        doubts: of the split into training and validation.
+        refused: why a run would not start from it, else None.
     """
 
     summary: str
@@ -50,6 +54,8 @@ class Report:
     seconds: float
     per_second: float
     fingerprint: str
+    doubts: list[str]
+    refused: str | None
 
     def lines(self) -> list[str]:
         """For people."""
@@ -59,14 +65,17 @@ class Report:
             lines.append(f"  {reason['clips']} broken: {reason['reason']}: {', '.join(reason['first'])}{more}")
         if len(self.broken) > SHOWN_REASONS:
             lines.append(f"  and {len(self.broken) - SHOWN_REASONS} more reasons; --json lists them all")
-        lines.append(f"{self.counts['duplicates']} duplicates, {self.counts['held_out']} held out from training")
+        lines.append(f"{counted(self.counts['duplicates'], 'duplicate')}, {self.counts['held_out']} held out from training")
         speed = f", {self.per_second:.1f} a second" if self.examined else "; all others were known"
-        lines.append(f"{self.examined} files examined{speed}; {self.seconds:.1f} s in all")
-        return lines
+        lines.append(f"{counted(self.examined, 'file')} examined{speed}; {self.seconds:.1f} s in all")
+        return [*lines, *(f"WARNING: {doubt}" for doubt in self.doubts)]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0 when there is an index to train from, 2 with one paragraph on standard error when there is none."""
+    """Exit code 0 when there is an index to train from, 1 when more clips are broken than a run allows, 2 when there is none.
+
+    Beyond 0, one paragraph on standard error says why.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data_dir", metavar="DATA", help="folder of clips or of tar shards, or a manifest")
     parser.add_argument("--out", type=Path, required=True, metavar="INDEX", help="folder of the index, made if it is not there")
@@ -75,6 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--retry", action="store_true", help="examine again what failed for a reason that may pass, such as a deadline")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     options = parser.parse_args(arguments)
+    if not options.data_dir:
+        parser.error("DATA is empty: name a folder or a manifest")
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
         report = run(options)
@@ -87,7 +98,12 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         print(json.dumps(asdict(report)))
     else:
-        print("\n".join([*report.lines(), f"Train with it: --data_dir {options.data_dir} --set rdtf.data.index_dir={options.out}"]))
+        print("\n".join(report.lines()))
+    if report.refused is not None:
+        print(f"A run would not start from this index: {report.refused}", file=sys.stderr)
+        return 1
+    if not options.json:
+        print(f"Train with it: --data_dir {options.data_dir} --set rdtf.data.index_dir={options.out}")
     return 0
 
 
@@ -104,7 +120,11 @@ def run(options: argparse.Namespace) -> Report:
     started = time.perf_counter()
     index = index_clips(experiment.rdtf, options.data_dir, options.out, device, count, options.retry)
     seconds = time.perf_counter() - started
-    return Report(index.summary(), index.counts(), by_reason(index), examined, seconds, examined / seconds, index.fingerprint)
+    refused = why_refused(experiment.rdtf, Path(experiment.rdtf.output_dir), index)
+    speed = examined / seconds
+    return Report(
+        index.summary(), index.counts(), by_reason(index), examined, seconds, speed, index.fingerprint, split_doubts(index), refused
+    )
 
 
 def by_reason(index: ClipIndex) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from rdtf_ds.errors import UserError  # noqa: E402
 from rdtf_ds.inspection.report import inspect_folder  # noqa: E402
+from rdtf_ds.wording import counted  # noqa: E402
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.out is not None:
             size = write_page(options.out, report.page())
             told = sys.stderr if options.json else sys.stdout
-            print(f"{report.survey.summary}\n{options.out}: {size / 1e6:.1f} MB, {len(report.clips)} clips shown", file=told)
+            print(f"{report.survey.summary}\n{options.out}: {size / 1e6:.1f} MB, {counted(len(report.clips), 'clip')} shown", file=told)
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -9,6 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rdtf_ds.data.synthetic import write_stickers  # noqa: E402
+from rdtf_ds.wording import counted  # noqa: E402
 
 
 def main() -> int:
@@ -26,7 +27,7 @@ def main() -> int:
     except OSError as error:
         print(f"cannot write to {arguments.out}: {error.strerror or error}. Choose another folder.", file=sys.stderr)
         return 2
-    print(f"{arguments.count} clips and metadata.jsonl in {arguments.out}")
+    print(f"{counted(arguments.count, 'clip')} and metadata.jsonl in {arguments.out}")
     return 0
 
 

@@ -25,6 +25,7 @@ from rdtf_ds.data.sources.listing import Listing  # noqa: E402
 from rdtf_ds.data.sources.shards import ShardWriter  # noqa: E402
 from rdtf_ds.data.sources.sources import list_clips  # noqa: E402
 from rdtf_ds.errors import UserError  # noqa: E402
+from rdtf_ds.wording import counted  # noqa: E402
 
 _NAMED_AT_MOST = 10
 
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"Interrupted; nothing of '{options.out}' was kept.", file=sys.stderr)
         return 130
     size = sum(shard.stat().st_size for shard in shards)
-    print(f"{options.out}: {clips} clips in {len(shards)} shards, {size / 2**20:.1f} MB; {len(left_out)} left out")
+    print(f"{options.out}: {counted(clips, 'clip')} in {counted(len(shards), 'shard')}, {size / 2**20:.1f} MB; {len(left_out)} left out")
     for reason in left_out[:_NAMED_AT_MOST]:
         print(f"  {reason}")
     if len(left_out) > _NAMED_AT_MOST:

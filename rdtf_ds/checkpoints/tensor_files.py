@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-_NAMES = {torch.float16: "F16", torch.float32: "F32", torch.int64: "I64"}
+_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.int64: "I64"}
 Spec = tuple[torch.dtype, tuple[int, ...]]
 
 
@@ -43,7 +43,8 @@ def write_safetensors(file: Writable, specs: Mapping[str, Spec], tensors: Iterab
     for name, tensor in tensors:
         if next(expected, None) != (name, (tensor.dtype, tuple(tensor.shape))):
             raise ValueError(f"{name} {tuple(tensor.shape)} is not the parameter announced at this place")
-        file.write(tensor.detach().cpu().contiguous().reshape(-1).numpy())
+        if tensor.numel():  # numpy has no bfloat16: bytes are bytes
+            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     missing = next(expected, None)
     if missing is not None:
         raise ValueError(f"{missing[0]} was announced and never came")

@@ -1,7 +1,8 @@
 """Reads a checkpoint's fp32 weights parameter by parameter, without DeepSpeed and without ever holding the whole model.
 
 A step folder holds, for each rank, its shard of each flat parameter group: the masters in DeepSpeed's optimizer states, and their
-mean over training (EMA) in safetensors. Files are memory-mapped and one group at a time is joined from the ranks' shards.
+mean over training (EMA) in safetensors. Files are memory-mapped; one parameter at a time is joined from the ranks' shards, and what was
+read of the files for it is let go again.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rdtf_ds.checkpoints.manifest import MANIFEST, CheckpointError, flaw_of, read_manifest
+from rdtf_ds.checkpoints.mapped_pages import let_go
 
 Weights = Literal["ema", "master"]
 Shard = Callable[[int], Tensor]
@@ -116,7 +118,7 @@ class CheckpointWeights:
         return {name: shape for group in self.groups for name, shape in group.parameters}
 
     def parameters(self, weights: Weights) -> Iterator[tuple[str, Tensor]]:
-        """(name, fp32 tensor) of every parameter. One group at a time is in memory.
+        """(name, fp32 tensor) of every parameter, a copy of its own. No more than it is in memory, whatever the length of its group.
 
         Raises:
             CheckpointError: a shard is missing, damaged, or of another length than the manifest says.
@@ -124,13 +126,14 @@ class CheckpointWeights:
         with ExitStack() as files:
             shards = [self._shard(rank, weights, files) for rank in range(self._world_size)]
             for number, group in enumerate(self.groups):
-                flat = torch.cat([shard(number) for shard in shards])
-                if flat.numel() < group.numel:
+                flats = [shard(number) for shard in shards]
+                held = sum(flat.numel() for flat in flats)
+                if held < group.numel:
                     raise CheckpointError(
-                        f"'{self.folder}': the shards of group {group.name} hold {flat.numel()} values, its parameters {group.numel}. "
+                        f"'{self.folder}': the shards of group {group.name} hold {held} values, its parameters {group.numel}. "
                         "Shards and manifest are not of one save; export another step."
                     )
-                yield from _split(flat, group)
+                yield from _split(flats, group)
 
     def _shard(self, rank: int, weights: Weights, files: ExitStack) -> Shard:
         if weights == "master":
@@ -169,10 +172,25 @@ def _layout(group: dict[str, Any]) -> GroupLayout:
     return GroupLayout(group["name"], tuple((member["name"], tuple(member["shape"])) for member in group["parameters"]))
 
 
-def _split(flat: Tensor, group: GroupLayout) -> Iterator[tuple[str, Tensor]]:
-    """The group's parameters, views of ``flat``; what follows them is padding."""
-    offset = 0
+def _split(flats: list[Tensor], group: GroupLayout) -> Iterator[tuple[str, Tensor]]:
+    """The group's parameters, copied one by one from the ranks' parts of it; what follows them is padding."""
+    start = 0
     for name, shape in group.parameters:
-        length = math.prod(shape)
-        yield name, flat[offset : offset + length].reshape(shape)
-        offset += length
+        stop = start + math.prod(shape)
+        parts = _overlaps(flats, start, stop)
+        parameter = torch.cat(parts).reshape(shape)
+        for part in parts:
+            let_go(part)
+        yield name, parameter
+        start = stop
+
+
+def _overlaps(flats: list[Tensor], start: int, stop: int) -> list[Tensor]:
+    """Where the elements ``start`` to ``stop`` of all ranks' parts, one after the other, lie: views, in order."""
+    parts, offset = [], 0
+    for flat in flats:
+        low, high = max(start - offset, 0), min(stop - offset, flat.numel())
+        if low < high:
+            parts.append(flat[low:high])
+        offset += flat.numel()
+    return parts or [flats[0][:0]]

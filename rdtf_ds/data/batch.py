@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from rdtf_ds.data.quarantine import Problem
+from rdtf_ds.data.indexing.problem import Problem
 from rdtf_ds.diffusion.masks import Task
 
 

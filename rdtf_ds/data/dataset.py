@@ -24,7 +24,7 @@ from rdtf_ds.data.clips.decoding import decode_clip
 from rdtf_ds.data.clustering import choose_frames
 from rdtf_ds.data.feature_cache import CachedClips, SampleFeatures, nearest_text
 from rdtf_ds.data.indexing.index import ClipIndex
-from rdtf_ds.data.quarantine import Problem
+from rdtf_ds.data.indexing.problem import Problem
 from rdtf_ds.data.sources.captions import NO_CAPTION, hide_words
 from rdtf_ds.data.step_plan import SamplePlan, draw_key
 from rdtf_ds.diffusion.masks import MAX_FRAMES, evenly_spaced, level, loss_mask

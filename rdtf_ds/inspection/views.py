@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from rdtf_ds.data.clips.clip import ClipError, DecodeLimits
+from rdtf_ds.data.clips.decoder_process import DecoderUnavailable
 from rdtf_ds.data.clips.decoding import decode_clip
 from rdtf_ds.data.clustering import cluster_frames
 from rdtf_ds.data.indexing.index import ClipIndex
@@ -90,7 +91,7 @@ def pick_clips(ids: np.ndarray, formats: Sequence[str], frame_counts: np.ndarray
 def view_clip(index: ClipIndex, clip_id: int, seed: int, limits: DecodeLimits, background: tuple[int, int, int]) -> ClipView:
     """Decode a clip and draw samples of it, numbered from its id on in steps of the number of clips, as epochs would.
 
-    A clip that cannot be decoded (any more) is shown as such.
+    A clip that cannot be decoded (any more, or by this machine) is shown as such.
     """
     row = index.rows[clip_id]
     seconds = sum(row.durations_ms) / 1000
@@ -101,8 +102,8 @@ def view_clip(index: ClipIndex, clip_id: int, seed: int, limits: DecodeLimits, b
             index.place(clip_id), _LADDER[0][0], background, limits, content=index.content(clip_id), window=index.window(clip_id)
         )
         features = index.frame_features(clip_id)
-    except ClipError as error:
-        view.problem = error.reason
+    except (ClipError, DecoderUnavailable) as error:
+        view.problem = error.reason if isinstance(error, ClipError) else str(error)
         return view
     view.frames = len(frames)
     numbers = [clip_id + epoch * len(index.rows) for epoch in range(DRAWS)]

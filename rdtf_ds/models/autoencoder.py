@@ -14,10 +14,12 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from einops import rearrange
 from torch import Tensor
 
 from rdtf_ds.errors import UserError
+from rdtf_ds.models.devices import compute_device
 from rdtf_ds.models.missing import Part, load_part
 from rdtf_ds.models.tiny_encoders import tiny_autoencoder
 from rdtf_ds.models.visiting import Visitor
@@ -62,12 +64,14 @@ class HaarAutoencoder(ModelMixin, ConfigMixin):
         # Saved with the model, though it follows from the factor: diffusers' loader wants a file of weights.
         self.register_buffer("packet", _packet(factor))
 
+    @apply_forward_hook
     def encode(self, pixels: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, 3f², H/f, W/f) in the same dtype; H and W multiples of f."""
         f = self.config.factor
         blocks = rearrange(pixels, "n c (h y) (w x) -> n h w c (y x)", y=f, x=f)
         return rearrange(blocks @ self.packet.to(blocks).T, "n h w c band -> n (band c) h w").contiguous()
 
+    @apply_forward_hook
     def decode(self, latents: Tensor) -> Tensor:
         """(N, 3f², h, w) -> (N, 3, hf, wf): the transposed transform, exact to rounding."""
         f = self.config.factor
@@ -97,8 +101,8 @@ class FrameAutoencoder:
     def __init__(self, vae: Any, slice_frames: int = 8) -> None:
         self.vae: Any = vae.eval().requires_grad_(False)
         self.slice_frames = slice_frames
-        weight = next(chain(vae.parameters(), vae.buffers()))
-        self._device, self._dtype = weight.device, weight.dtype
+        self._device = compute_device(vae)
+        self._dtype = next(chain(vae.parameters(), vae.buffers())).dtype
         self._on_device: AbstractContextManager[None] = nullcontext()
         if isinstance(vae, HaarAutoencoder):
             self.factor: int = vae.config.factor

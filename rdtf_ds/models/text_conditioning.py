@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTokenizer, T5EncoderModel
 
 from rdtf_ds.errors import UserError
+from rdtf_ds.models.devices import compute_device
 from rdtf_ds.models.missing import Part, load_part
 from rdtf_ds.models.tiny_encoders import tiny_clip, tiny_t5, tiny_width
 from rdtf_ds.models.visiting import Visitor
@@ -120,14 +121,8 @@ class TextEncoders:
         Raises:
             EncoderNotFound: nothing there, or unreadable; the message says what to download where.
         """
-        if (width := tiny_width(clip)) is not None:
-            clip_model, clip_tokenizer = tiny_clip(width)
-        else:
-            clip_model, clip_tokenizer = _load_pair(CLIPTextModel, CLIPTokenizer, clip, CLIP, CLIP_TOKENIZER, dtype)
-        if (width := tiny_width(t5)) is not None:
-            t5_model, t5_tokenizer = tiny_t5(width)
-        else:
-            t5_model, t5_tokenizer = _load_pair(T5EncoderModel, AutoTokenizer, t5, T5, T5_TOKENIZER, t5_dtype)
+        clip_model, clip_tokenizer = load_clip(clip, dtype)
+        t5_model, t5_tokenizer = load_t5(t5, t5_dtype)
         return cls(clip_tokenizer, clip_model.to(device, dtype), t5_tokenizer, t5_model.to(device, t5_dtype), text_length)
 
     def to(self, device: torch.device | str) -> TextEncoders:
@@ -147,7 +142,7 @@ class TextEncoders:
     def _devices(self) -> tuple[torch.device, torch.device]:
         """Where CLIP and T5 compute."""
         pairs = ((self.clip, self._clip_on_device), (self.t5, self._t5_on_device))
-        clip, t5 = (visit.device if isinstance(visit, Visitor) else model.device for model, visit in pairs)
+        clip, t5 = (visit.device if isinstance(visit, Visitor) else compute_device(model) for model, visit in pairs)
         return clip, t5
 
     def encode(self, captions: Sequence[str]) -> TextFeatures:
@@ -211,6 +206,24 @@ class TextEncoders:
 
     def _tokens(self, tokenizer: Any, caption: str) -> Any:
         return tokenizer(caption, padding="max_length", max_length=self.text_length, truncation=True, return_tensors="pt")
+
+
+def load_clip(source: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """CLIP's text encoder and its tokenizer, from where `TextEncoders.from_pretrained` says.
+
+    Raises:
+        EncoderNotFound: nothing there, or unreadable; the message says what to download where.
+    """
+    if (width := tiny_width(source)) is not None:
+        return tiny_clip(width)
+    return _load_pair(CLIPTextModel, CLIPTokenizer, source, CLIP, CLIP_TOKENIZER, dtype)
+
+
+def load_t5(source: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """T5's encoder and its tokenizer, likewise."""
+    if (width := tiny_width(source)) is not None:
+        return tiny_t5(width)
+    return _load_pair(T5EncoderModel, AutoTokenizer, source, T5, T5_TOKENIZER, dtype)
 
 
 def _load_pair(model_class: Any, tokenizer_class: Any, source: str, model: Part, tokenizer: Part, dtype: torch.dtype) -> tuple[Any, Any]:

@@ -18,34 +18,29 @@ from rdtf_ds.curriculum.curriculum import Curriculum
 from rdtf_ds.curriculum.loss_signal import TimestepNormaliser
 from rdtf_ds.curriculum.pid import PIDController, PIDGains
 from rdtf_ds.curriculum.static import StaticSchedule
-from rdtf_ds.data.clips.clip import ClipError
-from rdtf_ds.data.clips.decoding import decode_clip
 from rdtf_ds.data.clips.writing import write_atomically
 from rdtf_ds.data.feature_cache import CachedClips
 from rdtf_ds.data.indexing.index import ClipIndex
+from rdtf_ds.data.indexing.problem import Problem
 from rdtf_ds.data.loader import PlannedLoader
-from rdtf_ds.data.quarantine import Problem, Quarantine
+from rdtf_ds.data.quarantine import Quarantine
 from rdtf_ds.data.step_plan import PlanQueue, StepPlan, StepPlanner
 from rdtf_ds.diffusion.loss import alphas_cumprod
 from rdtf_ds.diffusion.masks import Task
 from rdtf_ds.errors import UserError
 from rdtf_ds.experiment import Experiment
 from rdtf_ds.models.dfgn import DFGN
-from rdtf_ds.pipeline import RDTFPipeline
 from rdtf_ds.seeding import derive_seed
 from rdtf_ds.training.checkpoint import Identity
 from rdtf_ds.training.collectives import gather_objects, on_rank_zero
-from rdtf_ds.training.data_assembly import build_dataset, build_quarantine, data_root, decode_limits, open_data
+from rdtf_ds.training.data_assembly import build_dataset, build_quarantine, data_root, open_data
 from rdtf_ds.training.ema import ShardedEMA
-from rdtf_ds.training.encoders import build_source, encoder_dtype, load_encoders
+from rdtf_ds.training.encoders import build_source
 from rdtf_ds.training.engine import TrainingEngine
 from rdtf_ds.training.incidents import BadSteps, Incidents
-from rdtf_ds.training.kept_index import index_keys, name_of, named_by
-from rdtf_ds.training.objective import FrozenEncoders, Objective
+from rdtf_ds.training.kept_index import index_keys, name_of, named_by, prune
+from rdtf_ds.training.objective import Objective
 from rdtf_ds.training.optimizer import ParameterGroup, split_parameters
-from rdtf_ds.training.validation import Request, make_requests
-from rdtf_ds.training.validation_pipeline import LatePipeline, around
-from rdtf_ds.training.visiting_pipeline import visiting_pipeline
 
 PIXEL_GUIDANCE_CHANNELS = 4
 
@@ -162,6 +157,7 @@ def build_run(experiment: Experiment, rank: int, world_size: int, device: torch.
     store = build_store(rdtf, folder)
     named = on_rank_zero(lambda: named_by(store))
     index, cached = open_data(experiment, folder, device, named, reindex)
+    on_rank_zero(lambda: prune(folder, store, index))
     reindexed = named is not None and (reindex or name_of(index, {}).fingerprint != named.fingerprint)
     quarantine = build_quarantine(rdtf, folder, index, write=rank == 0, anew=reindexed)
 
@@ -315,51 +311,4 @@ def build_planner(experiment: Experiment, curriculum: Curriculum, clip_ids: np.n
     data = experiment.rdtf.data
     return StepPlanner(
         experiment.rdtf.seed, experiment.global_batch, clip_ids, frame_counts, curriculum, frames=data.frames, dual_mask=data.dual_mask
-    )
-
-
-def build_pipeline(run: Run) -> RDTFPipeline | LatePipeline:
-    """The generation pipeline around the live network, for validation.
-
-    A run that trains from a cache has no encoders: they are loaded on the CPU when the first clip is made. Text is encoded there, and
-    kept; the autoencoder visits the network's device.
-    """
-    rdtf, encoding, network = run.experiment.rdtf, run.objective.encoding, run.engine.model
-    if isinstance(encoding, FrozenEncoders):
-        build = visiting_pipeline if rdtf.memory.encoders == "cpu" else around
-        return build(network, encoding.autoencoder, encoding.text, rdtf)
-
-    def make() -> RDTFPipeline:
-        autoencoder, text = load_encoders(rdtf, torch.float32, torch.device("cpu"))
-        device = run.engine.device
-        visitor = autoencoder.to(dtype=encoder_dtype(run.experiment, device)).visit(device)
-        return visiting_pipeline(network, visitor, text, rdtf)
-
-    return LatePipeline(make, say=run.engine.rank == 0)
-
-
-def validation_requests(run: Run) -> list[Request]:
-    """The same clips to make at every validation of a run, read once, by rank 0; called by all ranks.
-
-    They are held-out ones, if there are any.
-    """
-    rdtf, index = run.experiment.rdtf, run.index
-
-    def decode(clip_id: int) -> np.ndarray | None:
-        try:
-            return decode_clip(
-                index.place(clip_id),
-                rdtf.data.image_size,
-                rdtf.data.background,
-                decode_limits(rdtf),
-                content=index.content(clip_id),
-                window=index.window(clip_id),
-            )
-        except ClipError:
-            return None  # training will meet it and quarantine it
-
-    clip_ids = index.held_out if len(index.held_out) else index.trainable
-    # What every rank read for itself could differ, were a file slow or unreadable for one of them.
-    return on_rank_zero(
-        lambda: make_requests(rdtf.seed, rdtf.validation.clips, clip_ids, index.caption, decode, rdtf.data.frames)
     )

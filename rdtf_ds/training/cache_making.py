@@ -17,7 +17,7 @@ from tqdm import tqdm
 from rdtf_ds.data.clips.clip import ClipError
 from rdtf_ds.data.feature_cache import ClipFeatures, FeatureCache, caption_texts
 from rdtf_ds.data.indexing.index import ClipIndex
-from rdtf_ds.data.quarantine import Problem
+from rdtf_ds.data.indexing.problem import Problem
 from rdtf_ds.diffusion.guidance import pixel_guidance
 from rdtf_ds.errors import UserError
 from rdtf_ds.models.autoencoder import FrameAutoencoder

@@ -103,7 +103,15 @@ def open_cache(experiment: Experiment, index: ClipIndex) -> ClipIndex:
         CacheError: It lacks some clip of the index, or no clip of the index could be decoded.
         UserError: As `fitting_cache` says.
     """
-    cache = fitting_cache(experiment)
+    return clips_of_cache(fitting_cache(experiment), index)
+
+
+def clips_of_cache(cache: FeatureCache, index: ClipIndex) -> ClipIndex:
+    """The index as a run from this cache takes it: what could not be decoded for it is broken.
+
+    Raises:
+        CacheError: As `open_cache`.
+    """
     keys = clip_keys(index)
     stored, broken = (_are_in(keys.astype(f"S{SHORT}"), names) for names in cache.stored())
     if len(missing := np.flatnonzero(~stored & ~broken)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import shutil
 from collections.abc import Callable
@@ -16,7 +17,8 @@ from rdtf_ds.data.dataset import DropRates, LatentShape, StickerDataset
 from rdtf_ds.data.feature_cache import CachedClips, FeatureCache
 from rdtf_ds.data.indexing.index import ClipIndex
 from rdtf_ds.data.indexing.index_building import build_index
-from rdtf_ds.data.quarantine import Quarantine
+from rdtf_ds.data.indexing.split_check import split_doubts
+from rdtf_ds.data.quarantine import Quarantine, TooManyBadFiles
 from rdtf_ds.data.synthetic import write_stickers
 from rdtf_ds.errors import UserError, on_every_rank
 from rdtf_ds.experiment import Experiment
@@ -28,6 +30,7 @@ from rdtf_ds.training.heartbeat import START, heartbeat
 from rdtf_ds.training.kept_index import Named, index_keys, reopen_or_build
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 STICKERS, INDEX, THUMBNAIL = "stickers", "index", "thumbnail"
 
 
@@ -44,8 +47,17 @@ def decode_limits(rdtf: RDTFSection) -> DecodeLimits:
 
 
 def index_folder(rdtf: RDTFSection, folder: Path) -> Path:
-    """Where the index is kept: a folder that runs share, or one in the run folder."""
-    return folder / INDEX if rdtf.data.index_dir is None else Path(rdtf.data.index_dir)
+    """Where the index is kept: a folder that runs share, or one in the run folder.
+
+    Raises:
+        UserError: It is the folder of the feature cache.
+    """
+    if rdtf.data.index_dir is None:
+        return folder / INDEX
+    kept, cache = Path(rdtf.data.index_dir), rdtf.memory.cache_dir
+    if cache and kept.resolve() == Path(cache).resolve():
+        raise UserError(f"rdtf.data.index_dir and rdtf.memory.cache_dir are one folder, '{kept}'. Give the index and features one each.")
+    return kept
 
 
 def make_index(
@@ -126,6 +138,8 @@ def open_data(
         rdtf = experiment.rdtf
         keys = index_keys(rdtf, _ready_root(rdtf, folder))
         index = reopen_or_build(folder, named, keys, reindex, lambda: make_index(rdtf, folder, device, lambda done, total: progress()))
+        for doubt in split_doubts(index):
+            _log.warning("%s", doubt)
         if experiment.rdtf.memory.encoders == "cached":
             index = open_cache(experiment, index)
         made.append(index)
@@ -183,3 +197,12 @@ def build_quarantine(rdtf: RDTFSection, folder: Path, index: ClipIndex, write: b
     quarantine = Quarantine(folder / "quarantine.jsonl", rdtf.data.max_bad_fraction, total, write=write, delay=delay, anew=anew)
     quarantine.enter_index(index.problems)
     return quarantine
+
+
+def why_refused(rdtf: RDTFSection, folder: Path, index: ClipIndex) -> str | None:
+    """What a run that starts with this index says of its broken clips when they are too many; None where it starts."""
+    try:
+        build_quarantine(rdtf, folder, index, write=False, anew=True)
+    except TooManyBadFiles as error:
+        return str(error)
+    return None

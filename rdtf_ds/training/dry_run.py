@@ -23,11 +23,13 @@ from rdtf_ds.data.feature_cache import FeatureCache
 from rdtf_ds.data.indexing.index import ClipIndex
 from rdtf_ds.data.indexing.index_rows import take_over, to_examine
 from rdtf_ds.data.indexing.index_segments import IndexSettings, read_segments
+from rdtf_ds.data.indexing.split_check import split_doubts
 from rdtf_ds.data.quarantine import TooManyBadFiles
 from rdtf_ds.data.sources.sources import list_clips
 from rdtf_ds.data.step_plan import PlanQueue, StepPlan
 from rdtf_ds.diffusion.masks import MAX_FRAMES
 from rdtf_ds.errors import UserError
+from rdtf_ds.evaluation.fvd import VideoFeatures
 from rdtf_ds.experiment import Experiment
 from rdtf_ds.models.autoencoder import AUTOENCODER, load_autoencoder
 from rdtf_ds.models.frame_encoder import IMAGE_ENCODER, CLIPFrames
@@ -40,6 +42,7 @@ from rdtf_ds.training.caching import fitting_cache
 from rdtf_ds.training.data_assembly import THUMBNAIL, build_quarantine, decode_limits, index_clips, index_folder
 from rdtf_ds.training.memory_check import foretell
 from rdtf_ds.training.optimizer import warmed_up
+from rdtf_ds.training.validation_fvd import fvd_weights
 
 TABLE_6_WIDTHS = (4, 1024, 1024)
 """Latent channels, CLIP and T5 widths of the default encoders, when they are not at hand."""
@@ -88,9 +91,30 @@ def _lines(experiment: Experiment, world_size: int, device: torch.device) -> Ite
     queue = PlanQueue(build_planner(experiment, curriculum, clip_ids, frame_counts), rdtf.curriculum.delay)
     for step in range(min(3, queue.delay + 1)):
         yield _plan_line(queue.plan(step))
+    yield from _validation_lines(rdtf)
     yield f"output          {rdtf.output_dir}, a checkpoint every {rdtf.checkpoint.interval} steps, the last {rdtf.checkpoint.keep} kept"
     yield from _folder_faults(Path(rdtf.output_dir))
     yield from (f"warning         {warning}" for warning in experiment.warnings)
+
+
+def _validation_lines(rdtf: RDTFSection) -> Iterator[str]:
+    keys = rdtf.validation
+    if not keys.interval:
+        yield "validation      none"
+        return
+    parts = [f"{keys.clips} clips of {keys.steps} steps"]
+    if keys.held_out_clips:
+        whose = "held out" if rdtf.data.validation_fraction else "trained on, since rdtf.data.validation_fraction is 0"
+        parts.insert(0, f"loss of {keys.held_out_clips} clips ({whose}) at {len(keys.timesteps)} timesteps")
+    if keys.fvd_interval:
+        parts.append(f"every {keys.fvd_interval} steps FVD of {keys.fvd_clips} clips")
+    bound = "without a bound" if keys.max_share == 1 else f"at most {keys.max_share:.1%}"
+    yield f"validation      every {keys.interval} steps: {', '.join(parts)}; {bound} of the time"
+    if keys.fvd_interval:
+        try:
+            VideoFeatures(fvd_weights(rdtf))
+        except UserError as error:
+            yield f"{NOT_READY}{error}"
 
 
 def _model_lines(experiment: Experiment) -> Iterator[str]:
@@ -163,7 +187,7 @@ def _data_faults(rdtf: RDTFSection, index: ClipIndex) -> list[str]:
         build_quarantine(rdtf, Path(rdtf.output_dir), index, write=False)
     except TooManyBadFiles as error:
         return [f"{NOT_READY}{error}"]
-    return []
+    return [f"warning         {doubt}" for doubt in split_doubts(index)]
 
 
 def _folder_faults(folder: Path) -> Iterator[str]:

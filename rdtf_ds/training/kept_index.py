@@ -2,7 +2,8 @@
 
 Clips that are deleted, cut, replaced or added while a run stands still would make another index, and so another order of all samples.
 ``RUN/kept_index/<fingerprint>/`` holds the file of the index, a hard link that outlives its replacement, or a copy on another disk, and a
-link to the folder of its features. Every checkpoint says in its manifest which one it was trained on. Rank 0 alone calls all this.
+link to the folder of its features. Every checkpoint says in its manifest which one it was trained on; what none says goes in time. Rank 0
+alone calls all this.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from rdtf_ds.data.indexing.index_table import FAULTY, index_path
 from rdtf_ds.errors import UserError
 
 FOLDER = "kept_index"
+_NAME = 16  # digits of the fingerprint that name a folder
+_LAST_KEPT = 2
 _KEYS = {
     "background", "max_pixels", "max_frames", "max_source_frames", "max_total_pixels", "max_bytes", "video_clip_s", "frame_features",
     "validation_fraction", "group_pattern", "drop_duplicates",
@@ -102,8 +105,29 @@ def reopen_or_build(folder: Path, named: Named | None, keys: dict[str, Any], rei
     return _keep(index, folder)
 
 
+def prune(folder: Path, store: CheckpointStore, current: ClipIndex) -> None:
+    """Remove the indexes of a run that no checkpoint names, but for the current one and the two that came last.
+
+    Where a checkpoint cannot be read, what it names is not known, and all stay.
+    """
+    needed = {current.folder.name}
+    for path in store.candidates():
+        try:
+            told = store.manifest(path).get("index")
+        except (CheckpointError, OSError):
+            return
+        needed |= {told["fingerprint"][:_NAME]} if told else set()
+    try:
+        kept = [path for path in (folder / FOLDER).iterdir() if path.is_dir() and not path.is_symlink()]
+        for path in sorted(kept, key=lambda path: path.stat().st_mtime_ns)[:-_LAST_KEPT]:
+            if path.name not in needed:
+                shutil.rmtree(path)  # links in it are removed, not followed
+    except OSError as error:
+        _log.warning("an index that no checkpoint needs could not be removed from '%s': %s", folder / FOLDER, error)
+
+
 def _kept_folder(folder: Path, fingerprint: str) -> Path:
-    return folder / FOLDER / fingerprint[:16]
+    return folder / FOLDER / fingerprint[:_NAME]
 
 
 def _reopen(folder: Path, named: Named) -> ClipIndex:

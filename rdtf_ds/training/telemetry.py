@@ -1,7 +1,8 @@
-"""What a run says while it trains: ``metrics.jsonl``, TensorBoard, a progress bar. Rank 0 writes, the others stay silent.
+"""What a run says while it trains: ``metrics.jsonl``, ``validation.jsonl``, TensorBoard, a progress bar. Rank 0 writes, the others are
+silent.
 
-After a resume every step stands in both once: ``metrics.jsonl`` is cut at the step the run goes on from, and TensorBoard is told to
-forget what came later (``purge_step``). Both are flushed before a checkpoint is committed, so that of what is older than it a killed run
+After a resume every step stands in all of them once: the files are cut at the step the run goes on from, and TensorBoard is told to
+forget what came later (``purge_step``). All are flushed before a checkpoint is committed, so that of what is older than it a killed run
 misses nothing. A full disk costs neither a line: what cannot be written waits in memory, and without it no checkpoint is
 committed.
 """
@@ -29,8 +30,9 @@ from rdtf_ds.diffusion.masks import level
 from rdtf_ds.errors import UserError
 from rdtf_ds.training.engine import StepOutcome
 from rdtf_ds.training.log_files import Board, GrowingFile
+from rdtf_ds.training.validation_budget import share
 
-METRICS = "metrics.jsonl"
+METRICS, VALIDATIONS = "metrics.jsonl", "validation.jsonl"
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,13 @@ class StepRecord:
 def _finite(value: float) -> float | None:
     """JSON has no infinity: an overflow, which only a skipped step can have, is null."""
     return value if math.isfinite(value) else None
+
+
+def _all_finite(value: Any) -> Any:
+    """`_finite` for every number in a JSON-able value."""
+    if isinstance(value, Mapping):
+        return {key: _all_finite(part) for key, part in value.items()}
+    return _finite(value) if isinstance(value, float) else value
 
 
 def scalars(metrics: Mapping[str, Any], skipped_steps: int) -> dict[str, float]:
@@ -177,6 +186,10 @@ class Stopwatch:
 class RunLog:
     """The log of one run, a context; on ranks other than 0 every call does nothing.
 
+    Attributes:
+        trained_s: Seconds of all training steps of the run so far.
+        validations: Every line of ``validation.jsonl``.
+
     Args:
         folder: The run's.
         rank: Of this process.
@@ -188,15 +201,20 @@ class RunLog:
     def __init__(self, folder: Path, rank: int, first_step: int, max_steps: int, config: Mapping[str, Any]) -> None:
         self._quiet = rank != 0
         self._skipped_steps = 0
+        self.trained_s, self.validations = 0.0, list[dict[str, Any]]()
         if self._quiet:
             return
         try:
             kept = truncate_metrics(folder / METRICS, first_step)
-            self._metrics, self._board = GrowingFile(folder / METRICS), Board(folder / "tensorboard", first_step)
+            # A validation after so many steps is part of the state that the run goes on from.
+            self.validations = truncate_metrics(folder / VALIDATIONS, first_step + 1 if first_step else 0)
+            self._metrics, self._validations = GrowingFile(folder / METRICS), GrowingFile(folder / VALIDATIONS)
+            self._board = Board(folder / "tensorboard", first_step)
         except OSError as error:
             path = error.filename or folder / METRICS
             raise UserError(f"'{path}' cannot be written ({error.strerror}). Free some space and start again.") from error
         self._skipped_steps = sum(bool(line.get("skipped")) for line in kept)
+        self.trained_s = math.fsum(seconds for line in kept for seconds in line.get("times", {}).values())
         self._alarmed = False
         if not first_step:
             self._board.text("config", f"```json\n{json.dumps(config, indent=2)}\n```", 0)
@@ -215,11 +233,35 @@ class RunLog:
             return
         metrics = record.metrics()
         self._skipped_steps += metrics["skipped"]
+        self.trained_s += sum(metrics["times"].values())
         self._metrics.write(f"{json.dumps(metrics)}\n".encode())
         for tag, value in scalars(metrics, self._skipped_steps).items():
             self._board.scalar(tag, value, metrics["step"])
         self._pass_on()
         self._show(metrics["step"] + 1, f"loss {record.outcome.loss:.4f}, level {metrics['target_level']:.2f}, k {metrics['k']}")
+
+    @property
+    def validated_s(self) -> float:
+        """Seconds of all validations of the run so far."""
+        return math.fsum(line["seconds"] for line in self.validations)
+
+    def validation(self, line: Mapping[str, Any], values: Mapping[str, float]) -> None:
+        """Log one validation: a line of ``validation.jsonl``, to which its share of the time so far is added, and TensorBoard's values."""
+        if self._quiet:
+            return
+        self.validations.append(dict(line))
+        taken = share(self.trained_s, self.validated_s)
+        self.validations[-1] |= {"trained_s": self.trained_s, "share": taken}
+        self._validations.write(f"{json.dumps(_all_finite(self.validations[-1]))}\n".encode())
+        for tag, value in {**values, "validation/seconds": line["seconds"], "validation/share": taken}.items():
+            self.scalar(tag, value, line["step"])
+        self._pass_on()
+
+    def say_share_of_validation(self, bound: float) -> None:
+        """How much of the time of the run so far validation took, if there was any."""
+        if self.validations:
+            taken = share(self.trained_s, self.validated_s)
+            self.say(f"Validation took {taken:.1%} of the time (rdtf.validation.max_share: {bound:.1%}).")
 
     def _show(self, done: int, text: str) -> None:
         """The bar on a terminal; elsewhere, such as in a log file, a line every twentieth of the run."""
@@ -273,12 +315,13 @@ class RunLog:
             return
         self.flush()
         self._metrics.close()
+        self._validations.close()
         self._board.file.close()
         self._bar.close()
 
     def _pass_on(self, sync: bool = False) -> str | None:
         """To the files; says when they begin to fail, and when they no longer do."""
-        failure = self._metrics.pass_on(sync) or self._board.file.pass_on(sync)
+        failure = self._metrics.pass_on(sync) or self._validations.pass_on(sync) or self._board.file.pass_on(sync)
         if failure and not self._alarmed:
             self.alarm(f"{failure}. What is logged is kept in memory and written as soon as that works; training goes on.")
         elif not failure and self._alarmed:
@@ -288,7 +331,7 @@ class RunLog:
 
 
 def truncate_metrics(path: Path, first_step: int) -> list[dict[str, Any]]:
-    """Cut ``metrics.jsonl`` to the whole lines of steps before ``first_step``, atomically; returns them.
+    """Cut a file of lines by step to the whole ones of steps before ``first_step``, atomically; returns them.
 
     A line that a kill cut short, and all after it, go too: they belong to steps that will be run again.
     """

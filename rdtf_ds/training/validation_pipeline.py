@@ -10,7 +10,8 @@ from rdtf_ds.config import RDTFSection
 from rdtf_ds.models.autoencoder import FrameAutoencoder
 from rdtf_ds.models.dfgn import DFGN
 from rdtf_ds.models.text_conditioning import TextEncoders
-from rdtf_ds.pipeline import RDTFOutput, RDTFPipeline, ddim_scheduler
+from rdtf_ds.pipeline import RDTFOutput, RDTFPipeline
+from rdtf_ds.samplers import make_sampler
 
 _log = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ def around(
         tokenizer=text.clip_tokenizer,
         text_encoder_2=text.t5,
         tokenizer_2=text.t5_tokenizer,
-        scheduler=ddim_scheduler(diffusion.schedule, diffusion.steps, diffusion.beta_start, diffusion.beta_end),
+        scheduler=make_sampler(sampling.sampler, diffusion.schedule, diffusion.steps, diffusion.beta_start, diffusion.beta_end),
         image_size=rdtf.data.image_size,
         max_frames=rdtf.data.frames,
         text_length=rdtf.encoders.text_length,
@@ -37,6 +38,7 @@ def around(
         text_scale=sampling.text_scale,
         image_scale=sampling.image_scale,
         slice_frames=rdtf.memory.autoencoder_slice,
+        frame_ms=sampling.frame_ms,
     )
 
 

@@ -13,7 +13,7 @@ from rdtf_ds.training.validation_pipeline import around
 
 
 class VisitingPipeline(RDTFPipeline):
-    """Asks encoders that know where they compute, where `RDTFPipeline` would move them to its device for good.
+    """Asks encoders that know where they compute, where `RDTFPipeline` would look for their weights.
 
     Made by `visiting_pipeline`, which sets ``own_autoencoder`` and ``own_text``.
     """
@@ -25,10 +25,12 @@ class VisitingPipeline(RDTFPipeline):
     def _execution_device(self) -> torch.device:
         return torch.device(self.unet.device)
 
-    def _encode_text(self, captions: list[str]) -> TextFeatures:
+    def encode_text(self, captions: list[str]) -> TextFeatures:
+        """Features of captions, by the encoders that visit."""
         return self.own_text.encode(captions).to(self._execution_device, self.unet.dtype)
 
-    def _autoencoder(self) -> FrameAutoencoder:
+    def frame_autoencoder(self) -> FrameAutoencoder:
+        """The one that visits."""
         return self.own_autoencoder
 
 

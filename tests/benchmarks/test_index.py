@@ -48,7 +48,8 @@ def test_too_few_rows_are_refused() -> None:
     [
         ({"open_s": 2.1}, "open"), ({"peak_mb": 201.0}, "largest resident memory"), ({"plan_ms": 2.1}, "plan a step"),
         ({"border_ms": 2.1}, "plan the step at an epoch's border"), ({"thousandth_ms": 2.1}, "slowest plan of a thousand, processor time"),
-        ({"early_mb": 29.0}, "growth of own memory from a tenth of the steps on"), ({"half_mb": 38.0}, "growth of own memory from half of the steps on"),
+        ({"early_mb": 29.0}, "growth of own memory from a tenth of the steps on"),
+        ({"half_mb": 38.0}, "growth of own memory from half of the steps on"),
     ],
 )  # fmt: skip
 def test_each_bar_is_held_to_its_figure(changed: dict[str, float], name: str) -> None:

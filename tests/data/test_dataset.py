@@ -22,7 +22,7 @@ from rdtf_ds.data.clips.decoding import decode_clip
 from rdtf_ds.data.clustering import choose_frames
 from rdtf_ds.data.dataset import DropRates, NoUsableClip
 from rdtf_ds.data.feature_cache import CachedClips, ClipFeatures, FeatureCache, caption_texts
-from rdtf_ds.data.quarantine import Problem
+from rdtf_ds.data.indexing.problem import Problem
 from rdtf_ds.data.sources.captions import NO_CAPTION
 from rdtf_ds.data.step_plan import SamplePlan
 from rdtf_ds.diffusion.masks import Task

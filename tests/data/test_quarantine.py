@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from rdtf_ds.data.quarantine import NOTHING, Problem, Quarantine, TooManyBadFiles
+from rdtf_ds.data.indexing.problem import Problem
+from rdtf_ds.data.quarantine import NOTHING, Quarantine, TooManyBadFiles
 from rdtf_ds.errors import UserError
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rdtf_ds.data.clips.frame_features import as_float, thumbnail
 from rdtf_ds.data.clips.writing import write_clip
 from rdtf_ds.data.clustering import choose_frames
-from rdtf_ds.data.frame_features import as_float, thumbnail
 from rdtf_ds.data.synthetic import COLOURS, MOTIONS, Sticker, all_stickers, draw_frame_count, on_white, render
 from rdtf_ds.evaluation.sticker_match import Report, detect_motion, dominant_colour, frame_change, judge
 from rdtf_ds.seeding import numpy_generator

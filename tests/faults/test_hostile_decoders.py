@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from rdtf_ds.data.clips.clip import ClipError, DecodeLimits
-from rdtf_ds.data.clips.decoder_pool import DecoderPool
+from rdtf_ds.data.clips.decoder_pool import DecoderPool, close_process_pool
 from rdtf_ds.data.clips.decoder_process import DecoderUnavailable
 from rdtf_ds.data.clips.writing import write_clip
 from rdtf_ds.processes import descendants, read_process
@@ -218,6 +218,7 @@ def test_a_child_of_the_main_thread_dies_with_it_at_once(clip: Path) -> None:
 
 def refusal(clip: Path, command: tuple[str, ...] | None = None, memory_bytes: int = 2**31) -> str:
     """What is said when no decoder can be started. It leaves nothing behind."""
+    close_process_pool()  # of earlier tests
     before = open_files()
     with DecoderPool(1, command, memory_bytes) as pool, pytest.raises(DecoderUnavailable, match="decoder cannot be started") as caught:
         pool.decode(clip, 16, WHITE, LIMITS)

@@ -13,7 +13,8 @@ from rdtf_ds.data.clips.clip import DecodeLimits
 from rdtf_ds.data.clips.decoder_pool import close_process_pool
 from rdtf_ds.data.clips.decoder_process import DecoderUnavailable
 from rdtf_ds.data.clips.writing import write_clip
-from rdtf_ds.data.quarantine import Problem, Quarantine
+from rdtf_ds.data.indexing.problem import Problem
+from rdtf_ds.data.quarantine import Quarantine
 from tests.data.moving_pictures import pictures
 from tests.data.test_loader import flat, make, observed
 from tests.faults.fork_server import ROOT

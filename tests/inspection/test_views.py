@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 
 from rdtf_ds.data.clips.clip import DecodeLimits
+from rdtf_ds.data.clips.decoder_process import DecoderUnavailable
 from rdtf_ds.data.clips.writing import write_clip
+from rdtf_ds.inspection import views
 from rdtf_ds.inspection.views import BYTES_OF_CLIP, draw, pick_clips, shown_for, view_clip
 from tests.data.folders import dataset, numbered_clips, plan
 
@@ -82,6 +84,15 @@ def test_a_clip_that_has_changed_is_told_and_not_shown(stickers, tmp_path):
     view = view_clip(changed, 0, SEED, DecodeLimits(), WHITE)
     assert "changed" in view.problem and view.draws == {} and view.animation == ""
     assert view_clip(changed, 1, SEED, DecodeLimits(), WHITE).problem == ""
+
+
+def test_a_machine_that_cannot_decode_is_told_and_not_shown(stickers, monkeypatch):
+    def refuse(*arguments, **options):
+        raise DecoderUnavailable("exit code 7", "Reinstall.")
+
+    monkeypatch.setattr(views, "decode_clip", refuse)
+    view = view_clip(stickers.index, 0, SEED, DecodeLimits(), WHITE)
+    assert "cannot be started: exit code 7. Reinstall." in view.problem and view.draws == {} and view.animation == ""
 
 
 def test_noise_is_made_small(tmp_path):

@@ -13,8 +13,9 @@ from rdtf_ds.models import visiting
 from rdtf_ds.models.autoencoder import FrameAutoencoder, load_autoencoder
 from rdtf_ds.models.text_conditioning import TextEncoders
 from rdtf_ds.models.visiting import Visitor
-from rdtf_ds.training.assembly import build_pipeline, build_run
+from rdtf_ds.training.assembly import build_run
 from rdtf_ds.training.encoders import load_encoders
+from rdtf_ds.training.validation_assembly import build_pipeline
 
 CPU = torch.device("cpu")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from rdtf_ds.data.clips.clip import ClipError
 from rdtf_ds.data.feature_cache import FeatureCache
 from rdtf_ds.data.synthetic import write_stickers
 from rdtf_ds.training import cache_making
@@ -43,14 +44,14 @@ def contents(cache: Path) -> dict[str, bytes]:
 def test_a_cache_is_made_gone_on_with_and_mended(command, arguments, tmp_path, capsys):
     assert command(arguments) == 0
     told = capsys.readouterr()
-    assert "6 clips made, 0 were there, 0 cannot be decoded" in told.out and "clips: " in told.err
+    assert "6 clips made, 0 there before, 0 not decodable" in told.out and "clips: " in told.err
     assert f"--set rdtf.memory.encoders=cached --set rdtf.memory.cache_dir={tmp_path / 'cache'}" in told.out
     made = contents(tmp_path / "cache")
     assert len(made) == 6 and FeatureCache(tmp_path / "cache").header.variants == 8
     victim = next((tmp_path / "cache").rglob("*.safetensors"))
     victim.write_bytes(victim.read_bytes()[:100])
     assert command(arguments) == 0
-    assert "1 clips made, 5 were there, 0 cannot be decoded" in capsys.readouterr().out
+    assert "1 clip made, 5 there before, 0 not decodable" in capsys.readouterr().out
     assert contents(tmp_path / "cache") == made, "what is made again is the same, bit by bit"
 
 
@@ -67,7 +68,7 @@ def test_an_interrupted_one_goes_on(command, arguments, tmp_path, monkeypatch, c
     assert "the same command goes on" in capsys.readouterr().err
     monkeypatch.setattr(FeatureCache, "write", write)
     assert command(arguments) == 0
-    assert "4 clips made, 2 were there" in capsys.readouterr().out
+    assert "4 clips made, 2 there before" in capsys.readouterr().out
 
 
 def test_other_keys_and_other_variants_are_refused(command, arguments, tmp_path, capsys):
@@ -108,7 +109,7 @@ def test_stickers_made_on_the_spot_are_those_of_the_run(command, arguments, proj
     assert command(synthetic) == 0 and "4 clips made" in capsys.readouterr().out
     write_stickers(tmp_path / "run" / "stickers", 4, 3, 32)
     assert command([*synthetic, "--data_dir", str(tmp_path / "run" / "stickers")]) == 0
-    assert "0 clips made, 4 were there" in capsys.readouterr().out
+    assert "0 clips made, 4 there before" in capsys.readouterr().out
 
 
 @pytest.mark.timeout(600)
@@ -136,3 +137,27 @@ def test_each_process_goes_its_own_way(monkeypatch, command, arguments, tmp_path
         orders.append([])
         assert command([*arguments, "--out", str(tmp_path / str(number))]) == 0
     assert sorted(orders[0]) == sorted(orders[1]) and orders[0] != orders[1]
+
+
+def test_more_broken_clips_than_a_run_allows_invite_nobody(command, arguments, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "clips"
+    write_stickers(folder, 4, 1, 32)
+    (folder / "broken.gif").write_bytes(b"GIF89a")
+    words = [*arguments, "--data_dir", str(folder), "--set", "rdtf.data.max_bad_fraction=0.3"]
+    decode, first = command.__globals__["decode_clip"], min(path.name for path in folder.iterdir())
+
+    def cut_since(place, *more, **options):
+        if place.path.name == first:
+            raise ClipError(place, "cut since")
+        return decode(place, *more, **options)
+
+    monkeypatch.setitem(command.__globals__, "decode_clip", cut_since)
+    assert command([*words[:-1], "rdtf.data.max_bad_fraction=0.4"]) == 0 and "Train from it" in capsys.readouterr().out
+    assert command(words) == 1
+    told = capsys.readouterr()
+    assert "Train from it" not in told.out and "2 of 5 data files cannot be decoded" in told.err
+
+
+def test_a_split_that_splits_nothing_is_doubted(command, arguments, capsys):
+    assert command([*arguments, "--set", "rdtf.data.validation_fraction=1e-9"]) == 0
+    assert "WARNING: rdtf.data.validation_fraction is 1e-09" in capsys.readouterr().err

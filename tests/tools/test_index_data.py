@@ -18,6 +18,7 @@ from rdtf_ds.training.data_assembly import make_index
 from tests.small_models import load_tool
 
 Command = Callable[..., int]
+BEARABLE = ("--set", "rdtf.data.max_bad_fraction=0.5")
 
 
 @pytest.fixture
@@ -42,12 +43,12 @@ def command(project_root: Path) -> Command:
 
 def test_an_index_is_made_and_the_run_examines_nothing(command, clips, tmp_path, project_root, capsys, monkeypatch):
     config = str(project_root / "ds_configs" / "tiny_cpu.json")
-    words = [str(clips), "--out", str(tmp_path / "index"), "--deepspeed_config", config]
+    words = [str(clips), "--out", str(tmp_path / "index"), "--deepspeed_config", config, *BEARABLE]
     assert command(words) == 0
     told = capsys.readouterr().out
     assert "10 clips in" in told and "6 to train on" in told and "3 broken" in told
     assert "  2 broken: empty file: x.gif, y.gif\n  1 broken: not a GIF" in told
-    assert "1 duplicates, 0 held out" in told and "10 files examined, " in told and " a second; " in told
+    assert "1 duplicate, 0 held out" in told and "10 files examined, " in told and " a second; " in told
     assert f"Train with it: --data_dir {clips} --set rdtf.data.index_dir={tmp_path / 'index'}" in told
     monkeypatch.setattr(examining, "DecoderPool", None)  # who examines now fails
     assert command(words) == 0
@@ -58,7 +59,7 @@ def test_an_index_is_made_and_the_run_examines_nothing(command, clips, tmp_path,
 
 
 def test_what_is_new_is_added(command, clips, tmp_path, capsys):
-    words = [str(clips), "--out", str(tmp_path / "index"), "--json"]
+    words = [str(clips), "--out", str(tmp_path / "index"), "--json", *BEARABLE]
     assert command(words) == 0
     first = json.loads(capsys.readouterr().out)
     assert first["counts"]["files"] == first["examined"] == 10 and first["per_second"] > 0 < first["seconds"]
@@ -70,7 +71,7 @@ def test_what_is_new_is_added(command, clips, tmp_path, capsys):
 
 
 def test_keys_of_the_run_are_taken(command, clips, tmp_path, capsys):
-    words = [str(clips), "--out", str(tmp_path / "index"), "--json", "--set", "rdtf.data.drop_duplicates=false"]
+    words = [str(clips), "--out", str(tmp_path / "index"), "--json", *BEARABLE, "--set", "rdtf.data.drop_duplicates=false"]
     assert command([*words, "--set", "rdtf.data.validation_fraction=0.5"]) == 0
     counts = json.loads(capsys.readouterr().out)["counts"]
     assert counts["trainable"] + counts["held_out"] == 7 and counts["duplicates"] == 0 and 0 < counts["held_out"] < 7
@@ -89,7 +90,7 @@ def test_clips_that_failed_for_the_machines_sake_are_tried_again_when_asked_for(
                 raise ClipError(place, "took too long", transient=True)
             return super().examine(place, *more, **options)
 
-    words = [str(clips), "--out", str(tmp_path / "index")]
+    words = [str(clips), "--out", str(tmp_path / "index"), *BEARABLE]
     with monkeypatch.context() as patch:
         patch.setattr(examining, "DecoderPool", Tired)
         assert command(words) == 0
@@ -98,7 +99,7 @@ def test_clips_that_failed_for_the_machines_sake_are_tried_again_when_asked_for(
     assert "1 broken: took too long" in capsys.readouterr().out
     assert command([*words, "--retry"]) == 0
     told = capsys.readouterr().out
-    assert "took too long" not in told and "1 files examined" in told
+    assert "took too long" not in told and "1 file examined" in told
 
 
 def test_what_cannot_be_indexed_is_one_paragraph(command, clips, tmp_path, capsys):
@@ -117,7 +118,7 @@ def test_an_interrupted_one_goes_on(command, clips, tmp_path, capsys, monkeypatc
                 raise KeyboardInterrupt
             return super().examine(place, *more, **options)
 
-    words = [str(clips), "--out", str(tmp_path / "index")]
+    words = [str(clips), "--out", str(tmp_path / "index"), *BEARABLE]
     with monkeypatch.context() as patch:
         patch.setattr(examining, "DecoderPool", Interrupted)
         assert command(words) == 130
@@ -125,3 +126,26 @@ def test_an_interrupted_one_goes_on(command, clips, tmp_path, capsys, monkeypatc
     assert "the same command goes on" in told.err and told.out == ""
     assert command([*words, "--json"]) == 0
     assert 0 < json.loads(capsys.readouterr().out)["examined"] < 10
+
+
+def test_more_broken_clips_than_a_run_allows_invite_nobody(command, clips, tmp_path, capsys):
+    (clips / "w.gif").write_bytes(b"")
+    words = [str(clips), "--out", str(tmp_path / "index"), "--set", "rdtf.data.max_bad_fraction=0.3"]
+    assert command(words) == 1
+    told = capsys.readouterr()
+    assert "Train with it" not in told.out and "4 broken" in told.out
+    assert "A run would not start from this index: 4 of 11 data files cannot be decoded" in told.err
+    assert "rdtf.data.max_bad_fraction (0.3)" in told.err
+    assert command([*words, "--json"]) == 1
+    assert "4 of 11 data files" in json.loads(capsys.readouterr().out)["refused"]
+    assert command([*words[:-1], "rdtf.data.max_bad_fraction=0.4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["refused"] is None
+
+
+def test_a_split_that_splits_nothing_is_doubted(command, clips, tmp_path, capsys):
+    words = [str(clips), "--out", str(tmp_path / "index"), *BEARABLE, "--set", "rdtf.data.validation_fraction=1e-9"]
+    assert command([*words, "--set", "rdtf.data.group_pattern=^no"]) == 0
+    told = capsys.readouterr().out
+    assert "WARNING: rdtf.data.validation_fraction is 1e-09" in told and "WARNING: rdtf.data.group_pattern is '^no'" in told
+    assert command([*words[:-2], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["doubts"] == []

@@ -56,7 +56,8 @@ def test_a_folder_becomes_shards_that_are_the_same_to_training(write_shards, fol
     assert code == 0, err
     size = sum(shard.stat().st_size for shard in out.iterdir()) / 2**20
     assert f"{out}: 3 clips in 3 shards, {size:.1f} MB; 2 left out" in told
-    assert "  fifo.gif: is a FIFO, not a file\n  link.gif: is a symbolic link, which is not followed\n" in told
+    link = "is a symbolic link, which is not followed. Put the file itself in its place"
+    assert f"  fifo.gif: is a FIFO, not a file. Take it away\n  link.gif: {link}\n" in told
     assert told.endswith(f"Train from them with --data_dir {out}\n")
     assert content(out) == content(folder) and len(content(out)) == 3
     with tarfile.open(out / "000001.tar") as tar:
@@ -112,7 +113,7 @@ def test_a_clip_that_goes_away_meanwhile_is_told(write_shards, folder, tmp_path,
 
     monkeypatch.setattr(tool, "read_place", read_and_remove)
     code, told, _ = write_shards(folder, tmp_path / "out")
-    assert code == 0 and "2 clips in 1 shards" in told and "3 left out" in told and "b.gif: cannot be read: No such file" in told
+    assert code == 0 and "2 clips in 1 shard" in told and "3 left out" in told and "b.gif: cannot be read: No such file" in told
     assert list(content(tmp_path / "out")) == ["a.webp", "sub/c.mp4"]
 
 
@@ -136,7 +137,7 @@ def test_as_a_command_it_starts_without_torch(project_root, folder, tmp_path):
     command = [sys.executable, project_root / "tools" / "write_shards.py", folder, tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
     assert done.returncode == 0, done.stderr
-    assert "3 clips in 1 shards" in done.stdout
+    assert "3 clips in 1 shard" in done.stdout
     assert "| pyarrow" in done.stderr and "| torch" not in done.stderr
 
 

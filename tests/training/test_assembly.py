@@ -7,25 +7,25 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rdtf_ds.data.quarantine import Problem, TooManyBadFiles
+from rdtf_ds.data.indexing.problem import Problem
+from rdtf_ds.data.quarantine import TooManyBadFiles
 from rdtf_ds.data.synthetic import write_stickers
 from rdtf_ds.errors import UserError
 from rdtf_ds.experiment import load_experiment
 from rdtf_ds.models.autoencoder import HaarAutoencoder
 from rdtf_ds.models.text_conditioning import TextFeatures
 from rdtf_ds.models.tiny_encoders import write_tiny_encoders
-from rdtf_ds.training import assembly, dry_run, engine
+from rdtf_ds.training import dry_run, engine, validation_assembly
 from rdtf_ds.training.assembly import (
     build_model,
-    build_pipeline,
     build_run,
     config_hash,
     prepare_folder,
     split_model,
-    validation_requests,
     write_config,
 )
 from rdtf_ds.training.dry_run import describe
+from rdtf_ds.training.validation_assembly import build_pipeline, validation_requests
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def test_validation_keeps_to_the_memory_keys_and_rank_zero_reads_its_clips(proce
         assert src == 0 and answer == [None] * len(answer)
         answer[0] = pickle.loads(pickle.dumps(made))
 
-    monkeypatch.setattr(assembly, "decode_clip", lambda *arguments, **named: pytest.fail("rank 1 read a clip"))
+    monkeypatch.setattr(validation_assembly, "decode_clip", lambda *arguments, **named: pytest.fail("rank 1 read a clip"))
     monkeypatch.setattr(engine.dist, "get_rank", lambda: 1)
     monkeypatch.setattr(engine.dist, "broadcast_object_list", receive)
     received = validation_requests(run)

@@ -22,11 +22,13 @@ from rdtf_ds.errors import UserError
 from rdtf_ds.experiment import load_experiment
 from rdtf_ds.models.text_conditioning import TextEncoders
 from rdtf_ds.models.tiny_encoders import write_tiny_encoders
-from rdtf_ds.training import assembly
-from rdtf_ds.training.assembly import Run, build_pipeline, build_run
+from rdtf_ds.training import validation_assembly
+from rdtf_ds.training.assembly import Run, build_run
 from rdtf_ds.training.checkpoint import Saved
 from rdtf_ds.training.dry_run import describe
+from rdtf_ds.training.held_out import HeldOutLoss, means
 from rdtf_ds.training.run_state import resume, save
+from rdtf_ds.training.validation_assembly import build_pipeline, held_out_clips, run_encoders
 from rdtf_ds.training.validation_pipeline import LatePipeline
 from tests.models.test_frame_encoder import save_model
 from tests.small_models import load_tool
@@ -149,8 +151,8 @@ def test_validation_loads_the_encoders_late_and_makes_the_same_clips(made, monke
     expected = build_pipeline(resident)("a red star", **asked).frames
     run = made("cached", folder="cached")
     run.engine.model.load_state_dict(resident.engine.model.state_dict())
-    loaded, load = [], assembly.load_encoders
-    monkeypatch.setattr(assembly, "load_encoders", lambda *arguments: loaded.append(arguments[2]) or load(*arguments))
+    loaded, load = [], validation_assembly.load_encoders
+    monkeypatch.setattr(validation_assembly, "load_encoders", lambda *arguments: loaded.append(arguments[2]) or load(*arguments))
     pipeline = build_pipeline(run)
     assert isinstance(pipeline, LatePipeline)
     pipeline.set_progress_bar_config(disable=True)
@@ -164,6 +166,26 @@ def test_validation_loads_the_encoders_late_and_makes_the_same_clips(made, monke
     with pytest.raises(pytest.fail.Exception):
         other("a red star", **asked)
     assert len(caplog.records) == 1, "one rank tells for all"
+
+
+def test_held_out_losses_are_the_same_wherever_the_encoders_are(made, monkeypatch):
+    losses, loaded, load = [], [], validation_assembly.load_encoders
+    monkeypatch.setattr(validation_assembly, "load_encoders", lambda *arguments: loaded.append(arguments[2]) or load(*arguments))
+    for where in ("resident", "cpu", "cached"):
+        settings = ("rdtf.memory.encoders=cpu",) if where == "cpu" else ()
+        run = made("cached" if where == "cached" else "resident", *settings, folder=where)
+        torch.manual_seed(0)
+        torch.nn.init.normal_(run.engine.model.conv_out.weight)  # zero at first: whatever it is shown, it would say the same
+        encoders = run_encoders(run)
+        measure = HeldOutLoss(held_out_clips(run), (100, 900), 0, run.objective, encoders, 0, 1)
+        losses.append(means(measure.measure(run.engine.model)))
+        assert measure.prepared and len(measure.clips) == 7
+        if where == "cached":
+            assert loaded == [CPU], "loaded late, once"
+            asked = {"frames": {}, "num_frames": 3, "num_inference_steps": 1, "seeds": [5]}
+            build_pipeline(run, encoders)("a red star", **asked)
+        assert loaded == ([CPU] if where == "cached" else [])
+    assert losses[0]["loss"] > 0.5 and losses[1] == pytest.approx(losses[0], rel=1e-6) and losses[2] == pytest.approx(losses[0], rel=1e-6)
 
 
 def test_weights_are_hashed_once_for_many_starts(made, tmp_path, monkeypatch):
@@ -183,7 +205,7 @@ def test_encoders_that_cannot_be_loaded_are_tried_once(made, monkeypatch):
         tries.append(arguments)
         raise UserError("no such encoder")
 
-    monkeypatch.setattr(assembly, "load_encoders", load)
+    monkeypatch.setattr(validation_assembly, "load_encoders", load)
     pipeline = build_pipeline(run)
     for _ in range(3):
         with pytest.raises(UserError, match="no such encoder"):

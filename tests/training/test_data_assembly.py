@@ -17,9 +17,10 @@ from rdtf_ds.errors import UserError
 from rdtf_ds.experiment import load_experiment
 from rdtf_ds.models.missing import EncoderNotFound
 from rdtf_ds.training import data_assembly
-from rdtf_ds.training.assembly import build_run, validation_requests
-from rdtf_ds.training.data_assembly import decode_limits, make_index, open_data
+from rdtf_ds.training.assembly import build_run
+from rdtf_ds.training.data_assembly import decode_limits, index_folder, make_index, open_data
 from rdtf_ds.training.dry_run import describe
+from rdtf_ds.training.validation_assembly import validation_requests
 from tests.models.test_frame_encoder import save_model
 
 CPU = torch.device("cpu")
@@ -120,6 +121,16 @@ def test_validation_is_about_held_out_clips_if_there_are_any(process_group, tiny
     assert len(asked) == len(run.index.held_out) and {request.prompt for request in asked} <= held
     plain = build_run(tiny("rdtf.validation.clips=12", folder="plain"), 0, 1, CPU)
     assert len(validation_requests(plain)) == 12
+
+
+def test_an_index_and_a_cache_have_a_folder_each(tiny, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path)
+    cached = ("rdtf.memory.encoders=cached", f"rdtf.memory.cache_dir={tmp_path / 'a'}")
+    with pytest.raises(UserError, match="rdtf.data.index_dir and rdtf.memory.cache_dir are both"):
+        make_index(tiny(*cached, f"rdtf.data.index_dir={tmp_path / 'link' / 'a'}").rdtf, tmp_path / "run", CPU)
+    assert not (tmp_path / "a").exists()
+    within = tiny(*cached, f"rdtf.data.index_dir={tmp_path / 'a' / 'index'}").rdtf
+    assert index_folder(within, tmp_path / "run") == tmp_path / "a" / "index"
 
 
 def of_data(text: str) -> list[str]:

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from rdtf_ds.data.indexing.index import open_index
-from rdtf_ds.data.quarantine import Problem, TooManyBadFiles
+from rdtf_ds.data.indexing.problem import Problem
+from rdtf_ds.data.quarantine import TooManyBadFiles
 from rdtf_ds.data.synthetic import write_stickers
 from rdtf_ds.errors import UserError
 from rdtf_ds.experiment import load_experiment
@@ -182,3 +183,47 @@ def test_reindexing_forgets_the_bad_files_of_before_and_counts_those_that_are_st
     assert after.quarantine.bad == 1
     with pytest.raises(TooManyBadFiles):
         after.merge_problems([Problem(after.index.path(1), "torn", 9, after.index.content(1))], 5)
+
+
+def kept_names(tmp_path: Path) -> set[str]:
+    return {path.name for path in (tmp_path / "run" / FOLDER).iterdir()}
+
+
+def test_indexes_that_no_checkpoint_names_go_but_for_the_last_two(start, tmp_path, clips):
+    first = saved(start())
+    made = [first]
+    for number in range(3):
+        add(clips, f"added{number}.gif")
+        made.append(start(reindex=True))
+    names = [run.index.folder.name for run in made]
+    assert kept_names(tmp_path) == {names[0], *names[2:]}, "the checkpoint's and the last two"
+    assert start().index.folder.name == names[0], "what the checkpoint names can still be opened"
+    saved(made[-1])
+    for path in (tmp_path / "run" / "checkpoints").glob("step*-0001"):
+        shutil.rmtree(path)
+    add(clips, "more.gif")
+    last = start(reindex=True).index
+    assert names[3] in kept_names(tmp_path) and last.folder.name in kept_names(tmp_path) and names[2] not in kept_names(tmp_path)
+    assert last.frame_features(0).shape[1] == 192
+
+
+def test_no_index_goes_while_a_checkpoint_cannot_be_read(start, tmp_path, clips):
+    saved(start())
+    for number in range(4):
+        add(clips, f"added{number}.gif")
+        start(reindex=True)
+    before = kept_names(tmp_path)
+    assert len(before) == 3
+    add(clips, "more.gif")
+    for manifest in (tmp_path / "run" / "checkpoints").rglob("MANIFEST.json"):
+        manifest.write_bytes(b"{")
+    start(reindex=True)
+    assert kept_names(tmp_path) > before
+
+
+def test_a_split_that_splits_nothing_is_doubted_at_the_start(start, caplog):
+    start("rdtf.data.validation_fraction=1e-9")
+    assert "rdtf.data.validation_fraction is 1e-09" in caplog.text
+    caplog.clear()
+    start("rdtf.data.validation_fraction=0.4")
+    assert "validation_fraction" not in caplog.text

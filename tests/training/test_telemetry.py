@@ -212,3 +212,53 @@ def test_a_log_that_cannot_be_written_is_one_alarm_and_loses_nothing(tmp_path, c
     assert [line["step"] for line in read(tmp_path)] == [0, 1, 2]
     events = board(tmp_path)
     assert [event.step for event in events.Scalars("loss/mean")] == [0, 1, 2] and [event.value for event in events.Scalars("x")] == [1.0]
+
+
+def validation(step: int, seconds: float = 1.0, **more) -> dict:
+    return {"step": step, "losses": {"loss": 0.5}, "seconds": seconds, **more}
+
+
+def test_validations_are_logged_with_their_share_of_the_time(tmp_path, capsys):
+    with RunLog(tmp_path, 0, 0, 9, {}) as log:
+        for step in range(3):
+            log.step(record(step))  # 2 s each
+        assert log.trained_s == pytest.approx(6.0) and log.validated_s == 0
+        log.say_share_of_validation(0.05)
+        log.validation(validation(3, 2.0), {"validation/loss": 0.5})
+        log.validation(validation(3, 1.0, losses={"loss": float("nan")}), {})
+        log.say_share_of_validation(0.05)
+        assert log.validated_s == 3.0
+    first, second = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
+    assert first == {**validation(3, 2.0), "trained_s": pytest.approx(6.0), "share": pytest.approx(0.25)}
+    assert second["losses"] == {"loss": None} and second["share"] == pytest.approx(3 / 9)
+    told = capsys.readouterr().err
+    assert told.count("Validation took ") == 1 and "Validation took 33.3% of the time (rdtf.validation.max_share: 5.0%)." in told
+    events = board(tmp_path)
+    assert [(event.step, event.value) for event in events.Scalars("validation/loss")] == [(2, 0.5)], "a resume from step 3 keeps it"
+    assert [event.value for event in events.Scalars("validation/share")] == pytest.approx([0.25, 1 / 3])
+
+
+def test_a_resume_keeps_the_validations_before_it_and_the_time_spent(tmp_path):
+    with RunLog(tmp_path, 0, 0, 9, {}) as log:
+        for step in range(6):
+            log.step(record(step))
+            if step % 2:
+                log.validation(validation(step + 1), {"validation/loss": float(step)})
+    with RunLog(tmp_path, 0, 4, 9, {}) as log:
+        assert [line["step"] for line in log.validations] == [2, 4], "the validation after 4 steps is behind what it goes on from"
+        assert log.trained_s == pytest.approx(8.0) and log.validated_s == 2.0
+    assert [event.step for event in board(tmp_path).Scalars("validation/loss")] == [1, 3]
+    with RunLog(tmp_path, 0, 0, 9, {}) as log:
+        assert log.validations == [] and log.trained_s == 0
+
+
+def test_validations_wait_for_a_full_disk_too(tmp_path, capsys):
+    with RunLog(tmp_path, 0, 0, 9, {}) as log:
+        with file_size_limit(10):
+            log.validation(validation(1), {})
+            assert "validation.jsonl" in log.flush()
+        assert log.flush() is None
+    assert len((tmp_path / "validation.jsonl").read_text().splitlines()) == 1
+    with RunLog(tmp_path / "other", 1, 0, 9, {}) as quiet:
+        quiet.validation(validation(1), {})
+        assert quiet.validations == [] and quiet.validated_s == 0 and not (tmp_path / "other").exists()

@@ -1,155 +1,335 @@
+"""Validation on two ranks that take turns in one process: what is done, in which order, within which bound, and what a failure does."""
+
 from __future__ import annotations
 
-from contextlib import contextmanager
+import copy
+import json
+import threading
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from rdtf_ds.diffusion.masks import Task
 from rdtf_ds.errors import UserError
-from rdtf_ds.training import validation
-from rdtf_ds.training.validation import Request, Validation, _visible_frames, make_requests, sample_clips, write_gifs
+from rdtf_ds.training import validation, validation_units
+from rdtf_ds.training.held_out import SampleLoss
+from rdtf_ds.training.validation import Validation
+from rdtf_ds.training.validation_clips import Request
+from rdtf_ds.training.validation_fvd import ClipFeatures
+from rdtf_ds.training.validation_units import Attempt, attempt, go_on
 
-LENGTHS = {0: 20, 1: 5, 2: 3, 3: 8, 4: 30, 5: 12}
-
-
-def decode(clip_id):
-    """Frame f of clip c has the value 10c + f everywhere; clip 4 is broken."""
-    if clip_id == 4:
-        return None
-    values = 10 * clip_id + np.arange(LENGTHS[clip_id])
-    return np.broadcast_to(values[:, None, None, None], (LENGTHS[clip_id], 4, 4, 3)).astype(np.uint8)
+MEMORY = SimpleNamespace(phase=lambda name: nullcontext(), report=lambda log, done: None)
 
 
-def requests(seed=0, count=5):
-    return make_requests(seed, count, list(LENGTHS), lambda clip: f"clip {clip}", decode, 8)
+class Clock:
+    """Time passes when a rank works; each rank lives in its own."""
+
+    def __init__(self):
+        self.local = threading.local()
+
+    def perf_counter(self):
+        return getattr(self.local, "now", 0.0)
+
+    def work(self, seconds):
+        self.local.now = self.perf_counter() + seconds
 
 
-def test_requests_are_fixed_go_through_the_kinds_and_skip_broken_clips():
-    made = requests()
-    assert [request.name for request in made] == ["00_text", "01_image", "02_prediction", "03_interpolation", "04_text"]
-    assert sorted(int(request.prompt.split()[1]) for request in made) == [0, 1, 2, 3, 5]
-    assert len({request.seed for request in made}) == 5
-    again = requests()
-    assert [(r.name, r.prompt, r.seed) for r in again] == [(r.name, r.prompt, r.seed) for r in made]
-    assert [r.prompt for r in requests(seed=1)] != [r.prompt for r in made]
+class Meeting:
+    """Collectives of two threads; a call that the other rank does not make ends in an error, not in a hang."""
 
+    def __init__(self, clock):
+        self.barrier, self.values, self.clock = threading.Barrier(2, timeout=20), [None, None], clock
+        self.calls = [[], []]
 
-def test_visible_frames_are_those_of_the_clip():
-    for request in requests():
-        clip_id = int(request.prompt.split()[1])
-        k = min(8, LENGTHS[clip_id])
-        assert request.num_frames == k and len(request.visible) < k
-        for number, frame in request.visible.items():
-            offset = int(frame[0, 0, 0]) - 10 * clip_id
-            assert 0 <= offset < LENGTHS[clip_id] and (offset == 0) == (number == 0)
-
-
-def test_each_kind_shows_its_frames():
-    assert [_visible_frames("text", 8), _visible_frames("image", 8)] == [[], [0]]
-    assert [_visible_frames("prediction", 8), _visible_frames("prediction", 3)] == [[0, 1, 2, 3], [0, 1]]
-    assert [_visible_frames("interpolation", 8), _visible_frames("interpolation", 3)] == [[0, 2, 4, 6], [0, 2]]
-
-
-class Pipeline:
-    """Makes clips whose value is their seed, but none of the ``broken`` prompts, and notes what it was asked."""
-
-    def __init__(self, broken=()):
-        self.asked, self.broken = [], broken
-
-    def set_progress_bar_config(self, **options):
-        pass
-
-    def __call__(self, prompt, *, frames, num_frames, num_inference_steps, seeds):
-        self.asked.append((prompt, num_inference_steps))
-        if prompt in self.broken:
-            raise UserError(f"{prompt} made NaN")
-        clip = np.full((1, num_frames, 4, 4, 3), seeds[0] % 256, np.uint8)
-        return type("Output", (), {"frames": clip})
-
-
-def test_clips_come_back_in_order_with_their_requests(process_group, tmp_path):
-    pipeline, made = Pipeline(), requests()
-    clips, failures = sample_clips(pipeline, made, 0, 1, 7)
-    assert failures == []
-    assert [request.name for request, _ in clips] == [request.name for request in made]
-    assert all((frames == request.seed % 256).all() and len(frames) == request.num_frames for request, frames in clips)
-    assert pipeline.asked == [(request.prompt, 7) for request in made]
-    paths = write_gifs(clips, tmp_path / "step")
-    assert [path.name for path in paths] == [f"{request.name}.gif" for request in made] and all(path.stat().st_size for path in paths)
-    assert "02_prediction: clip" in (tmp_path / "step" / "prompts.txt").read_text()
-
-
-def test_each_rank_makes_its_share(process_group):
-    made = [Request(str(number), f"p{number}", {}, 3, number) for number in range(5)]
-    shares = []
-    for rank in range(2):
-        pipeline = Pipeline()
-        sample_clips(pipeline, made, rank, 2, 1)
-        shares.append([prompt for prompt, _ in pipeline.asked])
-    assert shares == [["p0", "p2", "p4"], ["p1", "p3"]]
+    def gather(self, rank, value, name="gather"):
+        self.calls[rank].append(name)
+        self.values[rank] = (value, self.clock.perf_counter())
+        self.barrier.wait()
+        values, latest = copy.deepcopy([value for value, _ in self.values]), max(now for _, now in self.values)
+        self.barrier.wait()
+        self.clock.local.now = latest  # whoever came first waited
+        return values
 
 
 class Log:
-    """Keeps what is said and shown."""
+    """What `RunLog` has for validation, on rank 0."""
 
-    def __init__(self):
-        self.said, self.shown = [], []
+    def __init__(self, trained_s):
+        self.trained_s, self.validations, self.said, self.shown, self.values = trained_s, [], [], [], []
+
+    @property
+    def validated_s(self):
+        return sum(line["seconds"] for line in self.validations)
+
+    def validation(self, line, values):
+        self.validations.append(json.loads(json.dumps(line)))
+        self.values.append(dict(values))
 
     def say(self, text):
         self.said.append(text)
 
     def gif(self, tag, path, step, shape):
-        self.shown.append((tag, path.name, step, shape))
+        self.shown.append(tag)
+
+
+class Pipeline:
+    """Takes 2 s a clip; ``broken`` prompts fail with what they map to."""
+
+    def __init__(self, clock, broken):
+        self.clock, self.broken, self.asked = clock, broken, []
+
+    def __call__(self, prompt, *, frames, num_frames, num_inference_steps, seeds):
+        self.asked.append(prompt)
+        self.clock.work(2.0)
+        if prompt in self.broken:
+            raise self.broken[prompt]
+        return SimpleNamespace(frames=np.full((1, num_frames, 4, 4, 3), 7, np.uint8), durations_ms=[[50] * num_frames])
+
+
+class Losses:
+    """4 s for both samples of a rank, and 10 s for encoding, once."""
+
+    def __init__(self, clock, rank, fails=None):
+        self.clock, self.rank, self.fails, self.clips, self.prepared = clock, rank, fails, [None] * 4, False
+
+    def prepare(self, hurry):
+        if not self.prepared:
+            self.clock.work(10.0)
+        self.prepared = True
+        return 2
+
+    def measure(self, network, hurry):
+        assert network == "mean", "the live weights are the mean ones"
+        self.clock.work(4.0)
+        go_on(hurry)
+        if self.fails:
+            raise self.fails
+        return [SampleLoss(clip, Task.PREDICTION, 500, 1.0 + clip) for clip in (self.rank, self.rank + 2)]
+
+
+class FVD:
+    """30 s, and 5 s for real features the first time."""
+
+    def __init__(self, clock, rank, fails=None):
+        self.clock, self.rank, self.fails, self.count, self.variant, self.real_s = clock, rank, fails, 8, "I3D of a test", 0.0
+        self.real = False
+
+    def seconds(self, clip_s):
+        return 20 * clip_s
+
+    @property
+    def preparing_s(self):
+        return 0.0 if self.real else 5.0
+
+    def measure(self, pipeline, hurry):
+        self.real_s = 0.0 if self.real else 5.0
+        self.clock.work(30.0 + self.real_s)
+        self.real = True
+        if self.fails:
+            raise self.fails
+        rng = np.random.default_rng(self.rank)
+        return [ClipFeatures(number, rng.normal(size=3), rng.normal(size=3)) for number in range(self.rank, 8, 2)]
 
 
 @pytest.fixture
-def validate(monkeypatch, tmp_path):
-    """Validation of five clips on two ranks, one after the other, in this process: rank 0's log, and the collectives of both."""
+def world(monkeypatch, tmp_path):
+    """Two ranks that validate after each of ``steps``; the log, the collectives and the prompts asked by each."""
+    clock = Clock()
+    monkeypatch.setattr(validation, "time", clock)
+    monkeypatch.setattr(validation_units, "time", clock)
 
-    def run(*broken):
-        made = [Request(str(number), f"p{number}", {}, 3, number) for number in range(5)]
-        log, collectives, gathered = Log(), {0: [], 1: []}, []
-        for rank in (1, 0):
-            mine = collectives[rank]
+    def run(
+        steps=(100,), *, trained=1e9, max_share=1.0, broken=None, losses=True, fvd=False, hurry=lambda rank, asked: False, count=5,
+        lose=None, fvd_fails=None, keep=None,
+    ):  # fmt: skip
+        meeting, log = Meeting(clock), Log(trained) if keep is None else keep
+        pipelines, errors = [Pipeline(clock, broken or {}) for _ in range(2)], []
+        monkeypatch.setattr(validation, "gather_objects", lambda value: meeting.gather(clock.local.rank, value))
 
-            def gather(value, mine=mine):
-                mine.append("gather")
-                gathered.insert(0, value)
-                return gathered
+        def on_rank_zero(make):
+            value = make() if clock.local.rank == 0 else None
+            told = meeting.gather(clock.local.rank, value, "told")[0]
+            return value if clock.local.rank == 0 else told
+
+        monkeypatch.setattr(validation, "on_rank_zero", on_rank_zero)
+
+        def rank_of(rank):
+            clock.local.rank = rank
+            engine = SimpleNamespace(rank=rank, world_size=2, model="live")
 
             @contextmanager
-            def applied_to(engine, mine=mine):
-                mine.append("show")
+            def applied_to(engine):
+                meeting.gather(rank, None, "show")
+                engine.model = "mean"
                 yield
-                mine.append("show")
+                engine.model = "live"
+                meeting.gather(rank, None, "show")
 
-            monkeypatch.setattr(validation, "gather_objects", gather)
-            engine, ema = SimpleNamespace(rank=rank, world_size=2), SimpleNamespace(applied_to=applied_to)
-            Validation(Pipeline(broken), made, 1)(engine, ema, tmp_path, log if rank == 0 else Log(), 40, lambda: False)
-        return log, collectives
+            validate = Validation(
+                engine, SimpleNamespace(applied_to=applied_to), log if rank == 0 else Log(0), MEMORY, tmp_path, pipelines[rank],
+                [Request(f"{n}", f"p{n}", {0: np.zeros((4, 4, 3), np.uint8)}, 3, n) for n in range(count)], 1,
+                Losses(clock, rank, lose if rank == 1 else None) if losses else None,
+                FVD(clock, rank, fvd_fails if rank == 1 else None) if fvd else None, 200 if fvd else 0, True, 100, 1000, max_share,
+                lambda: hurry(rank, pipelines[rank].asked),
+            )  # fmt: skip
+            try:
+                for step in steps:
+                    validate(step)
+                    assert engine.model == "live"
+            except BaseException as error:
+                errors.append(error)
+                meeting.barrier.abort()
+
+        threads = [threading.Thread(target=rank_of, args=(rank,)) for rank in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        if errors:
+            raise errors[0]
+        assert meeting.calls[0] == meeting.calls[1], "every rank comes to every collective, in the same order"
+        return log, meeting.calls[0], [pipeline.asked for pipeline in pipelines]
 
     return run
 
 
-def test_a_clip_that_fails_on_one_rank_is_a_warning_and_all_ranks_meet(validate, tmp_path):
-    log, collectives = validate("p1", "p2")
-    assert collectives[0] == collectives[1] == ["show", "gather", "show"]
-    assert [tag for tag, *_ in log.shown] == ["samples/0", "samples/3", "samples/4"] and log.shown[1][1:] == ("3.gif", 40, (4, 4))
-    assert log.said == [f"Warning: after step 40 no validation clip {n}: p{n} made NaN" for n in (1, 2)]
-    assert (tmp_path / "samples" / "step00000040" / "prompts.txt").read_text() == "0: p0\n3: p3\n4: p4\n"
+def test_everything_is_measured_made_and_told(world, tmp_path):
+    log, calls, asked = world()
+    assert calls[:3] == ["told", "told", "show"] and calls[-1] == "show" and calls.count("gather") == 3
+    assert asked == [["p0", "p2", "p4"], ["p1", "p3"]], "each rank every second"
+    (line,) = log.validations
+    assert line["losses"] == {"loss": 2.5, "loss_PDT": 2.5, "loss_t0500": 2.5} and line["clips"] == ["0", "1", "2", "3", "4"]
+    assert log.values == [{"validation/loss": 2.5, "validation/loss_PDT": 2.5, "validation/loss_t0500": 2.5}]
+    assert line["seconds"] == pytest.approx(10 + 4 + 3 * 2) and line["put_off"] == [] and line["fvd"] is None
+    assert line["costs"] == {"overhead": 0.0, "losses": 4.0, "clips": 2.0, "fvd": None, "preparing": 10.0}
+    assert [tag for tag in log.shown] == [f"samples/{n}" for n in range(5)]
+    assert (tmp_path / "samples" / "step00000100" / "prompts.txt").read_text().count("\n") == 5
+    assert log.said == ["Validation after 100 steps: loss 2.5000 (PDT 2.5000) on 4 held-out clips; 5 clips; 20.0 s."]
 
 
-def test_nothing_is_written_when_no_clip_was_made(validate, tmp_path):
-    log, _ = validate(*(f"p{number}" for number in range(5)))
-    assert len(log.said) == 5 and not log.shown and not any(tmp_path.iterdir())
+def test_a_clip_that_fails_on_one_rank_is_a_warning_and_all_ranks_meet(world):
+    log, _, asked = world(broken={"p1": UserError("p1 made NaN"), "p2": ZeroDivisionError("by what"), "p3": MemoryError()})
+    assert [tag for tag in log.shown] == ["samples/0", "samples/4"] and asked[0] == ["p0", "p2", "p4"]
+    assert log.said[:3] == [
+        "Warning: after step 100 no validation clip 1: p1 made NaN",
+        "Warning: after step 100 no validation clip 2: ZeroDivisionError: by what",
+        "Warning: after step 100 no validation clip 3: MemoryError: ",
+    ]
+    assert log.validations[0]["losses"] is not None and len(log.validations[0]["failures"]) == 3
 
 
-def test_a_full_disk_is_a_warning(validate, monkeypatch):
-    def full(*arguments):
-        raise OSError(28, "No space left on device")
+def test_losses_are_measured_whole_or_not_at_all(world):
+    log, _, asked = world(lose=RuntimeError("no such kernel\nand a long trace"))
+    assert log.validations[0]["losses"] is None and log.values == [{}] and len(asked[0]) == 3
+    assert log.said[0] == "Warning: after step 100 no held-out loss: rank 1: RuntimeError: no such kernel"
+    assert log.validations[0]["put_off"] == [], "it was tried"
 
-    monkeypatch.setattr(validation, "write_clip", full)
-    log, collectives = validate()
-    assert collectives[0] == collectives[1] and not log.shown
-    assert len(log.said) == 1 and log.said[0].startswith("Warning") and "No space left" in log.said[0] and "step00000040" in log.said[0]
+
+def test_nothing_fits_nothing_is_swapped(world):
+    log, calls, _ = world((100,), trained=200.0, max_share=0.05)  # unknown costs: the losses and one round
+    assert log.validations[0]["seconds"] == pytest.approx(16.0) and log.validations[0]["clips"] == ["0", "1"]
+    assert log.validations[0]["put_off"] == ["3 of 5 clips"] and "Put off, to keep to 5.0% of the time" in log.said[-1]
+    again, calls, asked = world((200,), trained=200.0, max_share=0.05, keep=log)
+    assert calls == ["told", "told"] and asked == [[], []]
+    assert again.validations[1]["seconds"] == 0.0 and again.validations[1]["put_off"] == ["the losses", "5 of 5 clips"]
+    assert again.validations[1]["costs"] == again.validations[0]["costs"]
+
+
+def test_clips_that_did_not_fit_come_next_time(world):
+    log, asked = None, []
+    for step, trained in ((100, 200.0), (200, 620.0), (300, 970.0), (400, 1400.0)):
+        if log is not None:
+            log.trained_s = trained
+        log, _, made = world((step,), trained=trained, max_share=0.05, keep=log)
+        asked.append(sorted(made[0] + made[1]))
+        assert step == 100 or log.validated_s <= 0.05 * (log.validated_s + log.trained_s)
+    assert asked == [["p0", "p1"], ["p2", "p3"], ["p0", "p1", "p2", "p4"], ["p0", "p1", "p2", "p3", "p4"]]
+    assert [line["next_clip"] for line in log.validations] == [2, 4, 3, 3], "all made: the next begins where this one did"
+
+
+def test_a_stop_ends_it_with_what_is_made(world):
+    log, calls, asked = world(hurry=lambda rank, asked: len(asked) >= 2)
+    assert asked == [["p0", "p2"], ["p1", "p3"]] and calls[-1] == "show"
+    assert log.said == [
+        "Validation after 100 steps: loss 2.5000 (PDT 2.5000) on 4 held-out clips; 4 clips; 18.0 s. Put off, the run was asked to stop: "
+        "1 of 5 clips."
+    ]
+    assert log.validations[0]["next_clip"] == 4 and log.validations[0]["failures"] == []
+
+
+def test_a_stop_that_one_rank_sees_first(world):
+    log, _, asked = world(hurry=lambda rank, asked: rank == 1)
+    assert log.validations[0]["losses"] is None and asked == [[], []] and log.validations[0]["put_off"] == ["the losses", "5 of 5 clips"]
+
+
+def test_fvd_comes_after_one_round_and_the_rest_after_it(world):
+    log, calls, asked = world((100, 200, 300, 400), fvd=True)
+    measured = [line["fvd"] is not None for line in log.validations]
+    assert measured == [False, True, False, True], "every 200 steps"
+    assert log.validations[1]["fvd"]["variant"] == "I3D of a test" and log.validations[1]["fvd"]["fvd"] > 0
+    assert log.validations[1]["fvd"] == log.validations[3]["fvd"] and log.values[1]["validation/fvd"] == log.validations[1]["fvd"]["fvd"]
+    assert log.validations[1]["costs"]["fvd"] == pytest.approx(30.0), "features of real clips are made once"
+    assert all(len(line["clips"]) == 5 for line in log.validations)
+    assert "FVD " in log.said[1] and "(8 clips; I3D of a test)" in log.said[1]
+
+
+def test_fvd_that_does_not_fit_holds_clips_back_until_it_does(world):
+    log, _, _ = world((200,), trained=1200.0, max_share=0.05, fvd=True)  # 63 s allowed, 16 spent, 40 expected
+    assert log.validations[0]["fvd"] is not None
+    log, _, asked = world((200,), trained=900.0, max_share=0.05, fvd=True)
+    assert asked == [["p0"], ["p1"]] and log.validations[0]["put_off"] == ["3 of 5 clips", "FVD, which takes about 45 s"]
+    log.trained_s = 3000.0
+    log, _, asked = world((300,), max_share=0.05, fvd=True, keep=log)
+    assert log.validations[1]["fvd"] is not None and len(log.validations[1]["clips"]) == 5, "it was still due"
+
+
+def test_fvd_that_fails_is_a_warning(world):
+    log, _, _ = world((200,), fvd=True, fvd_fails=UserError("a clip is gone"))
+    assert log.validations[0]["fvd"] is None and "Warning: after step 200 no FVD: rank 1: a clip is gone" in log.said
+    assert len(log.validations[0]["clips"]) == 5
+
+
+def due(interval=100, last=250, lines=()):
+    found = Validation(*[None] * 16)
+    for name, value in {"interval": interval, "last": last, "log": SimpleNamespace(validations=[{"step": step} for step in lines])}.items():
+        object.__setattr__(found, name, value)
+    return found
+
+
+def test_when_it_is_due():
+    assert [step for step in range(300) if due().due(step)] == [100, 200, 250]
+    assert not any(due(interval=0).due(step) for step in range(300))
+
+
+def test_what_a_kill_cut_short_is_made_up_for(monkeypatch):
+    monkeypatch.setattr(validation, "on_rank_zero", lambda make: make())
+    made = []
+    monkeypatch.setattr(Validation, "__call__", lambda self, done: made.append(done))
+    for step, lines in ((0, ()), (100, ()), (100, (100,)), (200, (100,)), (150, (100,)), (250, (100, 200))):
+        due(lines=lines).make_up(step)
+    assert made == [100, 200, 250]
+
+
+def test_an_attempt_tells_and_does_not_raise(monkeypatch):
+    assert attempt(lambda: 5)[:2] == (5, None)
+    assert attempt(lambda: go_on(lambda: True)).stopped and attempt(lambda: go_on(lambda: True)).failure is None
+    emptied = []
+    monkeypatch.setattr(validation_units.torch.cuda, "empty_cache", lambda: emptied.append(1))
+
+    def out_of_memory():
+        raise validation_units.torch.OutOfMemoryError("CUDA out of memory")
+
+    assert attempt(out_of_memory) == Attempt(None, "OutOfMemoryError: CUDA out of memory", pytest.approx(0, abs=1)) and emptied == [1]
+
+    def out_of_memory_as_the_driver_says():
+        raise validation_units.torch.AcceleratorError("CUDA error: out of memory")
+
+    assert "out of memory" in attempt(out_of_memory_as_the_driver_says).failure and len(emptied) == 2
+
+    def unusable():
+        raise validation_units.torch.AcceleratorError("device-side assert")
+
+    with pytest.raises(validation_units.torch.AcceleratorError):
+        attempt(unusable)

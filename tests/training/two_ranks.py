@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -91,7 +93,79 @@ def offload_and_resume(out: Path, source: str, written_by: int, name: str) -> No
     torch.save(_losses(engine, range(3, 6), accumulation), out / f"{name}_{engine.rank}.pt")
 
 
+VALIDATES = ("rdtf.validation.interval=2", "rdtf.validation.max_share=1.0", "rdtf.validation.held_out_clips=3", "rdtf.validation.clips=3")
+STEPS, LOST = 6, 4
+"""Steps of the runs that validate, and the step whose validation a kill cut short."""
+
+
+def _train(out: Path, name: str, *settings: str, sabotage: bool = False) -> None:
+    """A whole run of the tiny config in ``out/name``; leaves this rank's masters and mean weights."""
+    from rdtf_ds.experiment import load_experiment
+    from rdtf_ds.train import train
+    from rdtf_ds.training.assembly import build_run
+    from rdtf_ds.training.held_out import HeldOutLoss
+    from rdtf_ds.training.interruptions import Interruptions
+    from rdtf_ds.training.memory_watch import MemoryWatch
+    from rdtf_ds.training.run_state import resume
+    from rdtf_ds.training.telemetry import RunLog
+    from rdtf_ds.training.validation_pipeline import RDTFPipeline
+
+    folder = out / name
+    config = Path(__file__).resolve().parents[2] / "ds_configs" / "tiny_cpu.json"
+    common = ("rdtf.data.workers=0", "rdtf.data.validation_fraction=0.3", "rdtf.validation.steps=2", f"rdtf.checkpoint.interval={LOST}")
+    experiment = load_experiment(config, (*common, *settings), output_dir=folder, max_steps=STEPS, seed=1)
+    rank = torch.distributed.get_rank()
+    folder.mkdir(exist_ok=True)
+    torch.distributed.barrier()
+    run = build_run(experiment, rank, torch.distributed.get_world_size(), torch.device("cpu"))
+    resumed = resume(run)
+    first = 0 if resumed is None else resumed.step
+    untouched = RDTFPipeline.__call__, HeldOutLoss.measure
+    if sabotage and rank == 1:
+        RDTFPipeline.__call__ = HeldOutLoss.measure = _fails
+    try:
+        with Interruptions(folder) as interruptions, RunLog(folder, rank, first, STEPS, {}) as log:
+            assert train(run, log, first, interruptions, MemoryWatch(None, {})) == 0
+    finally:
+        RDTFPipeline.__call__, HeldOutLoss.measure = untouched
+    torch.save(([master.clone() for master in run.engine.masters], run.ema.state_dict()), out / f"{name}_{rank}.pt")
+
+
+def _fails(*arguments: object, **options: object) -> None:
+    raise RuntimeError("this rank cannot")
+
+
+def _killed_amid_validation(out: Path) -> None:
+    """What a kill amid the validation after step `LOST` leaves: the checkpoint of that step, and no word of the validation."""
+    shutil.copytree(out / "with", out / "killed")
+    for later in (out / "killed" / "checkpoints").glob(f"step{STEPS:08d}-*"):
+        shutil.rmtree(later)
+    lines = (out / "killed" / "validation.jsonl").read_text().splitlines(keepends=True)
+    (out / "killed" / "validation.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] < LOST))
+
+
+def validate(out: Path) -> None:
+    """The same run without validation, with it, with a rank that fails at all of it, and killed amid one."""
+    _train(out, "without", "rdtf.validation.interval=0")
+    _train(out, "with", *VALIDATES)
+    _train(out, "failing", *VALIDATES, sabotage=True)
+    if torch.distributed.get_rank() == 0:
+        _killed_amid_validation(out)
+    torch.distributed.barrier()
+    _train(out, "killed", *VALIDATES)
+
+
+def validate_alone(out: Path) -> None:
+    """On one rank the mean weights that two ranks had after `LOST` steps, measured again."""
+    shutil.copytree(out / "with", out / "alone")
+    for later in (out / "alone" / "checkpoints").glob(f"step{STEPS:08d}-*"):
+        shutil.rmtree(later)
+    (out / "alone" / "validation.jsonl").unlink()
+    _train(out, "alone", *VALIDATES)
+
+
 PLAYS = {
+    "validation": [(validate, 2), (validate_alone, 1)],
     "gradient_buffer": [(gradient_buffer, 2)],
     "offload": [
         (offload_and_save, 2),

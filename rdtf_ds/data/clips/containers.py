@@ -3,7 +3,7 @@
 Pillow's and libwebp's own animation writers merge equal neighbouring frames, which changes the frame count that a training clip
 is indexed by. So every frame is encoded alone and the containers are put together here, from their specifications:
 GIF89a (W3C), Portable Network Graphics 3rd edition (W3C), WebP Container Specification (Google).
-All frames are full-size and replace the canvas.
+All frames are full-size and replace the canvas. What a file says of itself (`metadata`, see metadata.py) comes as a ready block.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from collections.abc import Iterator, Sequence
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 GIF_REPLACE, GIF_RESTORE_BACKGROUND = 1, 2
-WEBP_ALPHA_FLAG, WEBP_ANIMATION_FLAG = 0x10, 0x02
+WEBP_ALPHA_FLAG, WEBP_XMP_FLAG, WEBP_ANIMATION_FLAG = 0x10, 0x04, 0x02
 WEBP_NO_BLEND = 0x02
 
 
-def join_gif(stills: Sequence[bytes], durations_ms: Sequence[int]) -> bytes:
+def join_gif(stills: Sequence[bytes], durations_ms: Sequence[int], metadata: bytes = b"") -> bytes:
     """One looping GIF of single-frame GIFs; each keeps its own colours as a local palette. Delays have a step of 10 ms, at least 20."""
     parsed = [_parse_still_gif(still) for still in stills]
     out = bytearray(b"GIF89a" + parsed[0].size + b"\x70\x00\x00")  # no global palette
-    out += b"\x21\xff\x0bNETSCAPE2.0\x03\x01\x00\x00\x00"
+    out += b"\x21\xff\x0bNETSCAPE2.0\x03\x01\x00\x00\x00" + metadata
     for frame, duration in zip(parsed, durations_ms, strict=True):
         transparent = frame.transparent_index is not None
         disposal = GIF_RESTORE_BACKGROUND if transparent else GIF_REPLACE
@@ -48,47 +48,48 @@ def _parse_still_gif(data: bytes) -> _StillGIF:
     while data[at] == 0x21:  # extensions before the image
         if data[at + 1] == 0xF9 and data[at + 3] & 1:
             transparent_index = data[at + 6]
-        at = _end_of_sub_blocks(data, at + 2)
+        at = end_of_sub_blocks(data, at + 2)
     assert data[at] == 0x2C, "a GIF that Pillow wrote has an image after its extensions"
     local = data[at + 9]
     at += 10
     if local & 0x80:
         palette_bytes = 3 * 2 ** ((local & 7) + 1)
         palette, at = data[at : at + palette_bytes], at + palette_bytes
-    return _StillGIF(size, palette, transparent_index, data[at : _end_of_sub_blocks(data, at + 1)])
+    return _StillGIF(size, palette, transparent_index, data[at : end_of_sub_blocks(data, at + 1)])
 
 
-def _end_of_sub_blocks(data: bytes, at: int) -> int:
+def end_of_sub_blocks(data: bytes, at: int) -> int:
     while data[at]:
         at += data[at] + 1
     return at + 1
 
 
-def join_apng(stills: Sequence[bytes], durations_ms: Sequence[int]) -> bytes:
+def join_apng(stills: Sequence[bytes], durations_ms: Sequence[int], metadata: bytes = b"") -> bytes:
     """One looping APNG of PNGs that share size and colour type."""
-    header = next(body for kind, body in _png_chunks(stills[0]) if kind == b"IHDR")
+    header = next(body for kind, body in png_chunks(stills[0]) if kind == b"IHDR")
     width, height = struct.unpack(">II", header[:8])
-    out = bytearray(PNG_SIGNATURE + _png_chunk(b"IHDR", header))
-    out += _png_chunk(b"acTL", struct.pack(">II", len(stills), 0))
+    out = bytearray(PNG_SIGNATURE + png_chunk(b"IHDR", header))
+    out += png_chunk(b"acTL", struct.pack(">II", len(stills), 0))
     sequence = 0
     for number, (still, duration) in enumerate(zip(stills, durations_ms, strict=True)):
         control = struct.pack(">IIIIIHHBB", sequence, width, height, 0, 0, min(duration, 0xFFFF), 1000, 0, 0)
-        out += _png_chunk(b"fcTL", control)
+        out += png_chunk(b"fcTL", control)
         sequence += 1
-        for kind, body in _png_chunks(still):
+        for kind, body in png_chunks(still):
             if kind == b"IHDR":
                 assert body == header, "frames of one APNG share size and colour type"
             if kind != b"IDAT":
                 continue
             if number == 0:
-                out += _png_chunk(b"IDAT", body)
+                out += png_chunk(b"IDAT", body)
             else:
-                out += _png_chunk(b"fdAT", struct.pack(">I", sequence) + body)
+                out += png_chunk(b"fdAT", struct.pack(">I", sequence) + body)
                 sequence += 1
-    return bytes(out + _png_chunk(b"IEND", b""))
+    # Metadata at the end: FFmpeg takes a PNG for still whose first picture lies beyond the few KB that it looks at.
+    return bytes(out + metadata + png_chunk(b"IEND", b""))
 
 
-def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+def png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     at = len(PNG_SIGNATURE)
     while at < len(data):
         (length,) = struct.unpack(">I", data[at : at + 4])
@@ -96,23 +97,25 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
         at += length + 12
 
 
-def _png_chunk(kind: bytes, body: bytes) -> bytes:
+def png_chunk(kind: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
-def join_webp(stills: Sequence[bytes], durations_ms: Sequence[int], size: tuple[int, int], alpha: bool) -> bytes:
+def join_webp(
+    stills: Sequence[bytes], durations_ms: Sequence[int], size: tuple[int, int], alpha: bool, metadata: bytes = b""
+) -> bytes:
     """One looping WebP of still WebPs of ``size`` (width, height)."""
     extent = _uint24(size[0] - 1) + _uint24(size[1] - 1)
-    flags = WEBP_ANIMATION_FLAG | (WEBP_ALPHA_FLAG if alpha else 0)
-    chunks = [_riff_chunk(b"VP8X", bytes([flags, 0, 0, 0]) + extent), _riff_chunk(b"ANIM", b"\x00\x00\x00\x00\x00\x00")]
+    flags = WEBP_ANIMATION_FLAG | (WEBP_ALPHA_FLAG if alpha else 0) | (WEBP_XMP_FLAG if metadata else 0)
+    chunks = [riff_chunk(b"VP8X", bytes([flags, 0, 0, 0]) + extent), riff_chunk(b"ANIM", b"\x00\x00\x00\x00\x00\x00")]
     for still, duration in zip(stills, durations_ms, strict=True):
-        images = b"".join(_riff_chunk(kind, body) for kind, body in _riff_chunks(still) if kind in (b"ALPH", b"VP8 ", b"VP8L"))
+        images = b"".join(riff_chunk(kind, body) for kind, body in riff_chunks(still) if kind in (b"ALPH", b"VP8 ", b"VP8L"))
         head = _uint24(0) + _uint24(0) + extent + _uint24(min(duration, 0xFFFFFF)) + bytes([WEBP_NO_BLEND])
-        chunks.append(_riff_chunk(b"ANMF", head + images))
-    return _riff_chunk(b"RIFF", b"WEBP" + b"".join(chunks))
+        chunks.append(riff_chunk(b"ANMF", head + images))
+    return riff_chunk(b"RIFF", b"WEBP" + b"".join(chunks) + metadata)  # XMP stands after the frames
 
 
-def _riff_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+def riff_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     at = 12
     while at < len(data):
         (length,) = struct.unpack("<I", data[at + 4 : at + 8])
@@ -120,7 +123,7 @@ def _riff_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
         at += 8 + length + (length & 1)
 
 
-def _riff_chunk(kind: bytes, body: bytes) -> bytes:
+def riff_chunk(kind: bytes, body: bytes) -> bytes:
     return kind + struct.pack("<I", len(body)) + body + b"\x00" * (len(body) & 1)
 
 

@@ -21,8 +21,8 @@ import numpy as np
 from rdtf_ds.data.clips import decoder_process
 from rdtf_ds.data.clips.clip import ClipError, ClipInfo, DecodeLimits, ExaminedClip, Place, VideoLength, Window, as_place
 from rdtf_ds.data.clips.decoder_process import Answer, ChildFailed, DecoderProcess
+from rdtf_ds.data.clips.frame_features import THUMBNAIL_DIM
 from rdtf_ds.data.clips.places import place_size
-from rdtf_ds.data.frame_features import THUMBNAIL_DIM
 
 _Colour = tuple[int, int, int]
 MAX_WINDOWS = 10_000

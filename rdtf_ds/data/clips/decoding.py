@@ -22,11 +22,11 @@ from rdtf_ds.data.clips.animation import Animation, play
 from rdtf_ds.data.clips.apng import read_png
 from rdtf_ds.data.clips.clip import ClipError, ClipInfo, DecodeLimits, ExaminedClip, Place, Window, as_place, check_shape, letterbox
 from rdtf_ds.data.clips.decoder_pool import process_pool
+from rdtf_ds.data.clips.frame_features import thumbnail
 from rdtf_ds.data.clips.gif import read_gif
 from rdtf_ds.data.clips.headers import SNIFFED_BYTES, VIDEO_FORMATS, sniff_format
 from rdtf_ds.data.clips.places import open_regular, read_place, unreadable
 from rdtf_ds.data.clips.webp import read_webp
-from rdtf_ds.data.frame_features import thumbnail
 from rdtf_ds.diffusion.masks import evenly_spaced
 
 Colour = tuple[int, int, int]

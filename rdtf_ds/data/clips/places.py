@@ -14,14 +14,14 @@ from pathlib import Path
 from rdtf_ds.data.clips.clip import ClipError, Place
 
 _FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
-_LINK = "is a symbolic link, which is not followed"
+_LINK = "is a symbolic link, which is not followed. Put the file itself in its place"
 _KINDS = {
     stat.S_IFLNK: _LINK,
-    stat.S_IFDIR: "is a folder, not a file",
-    stat.S_IFIFO: "is a FIFO, not a file",
-    stat.S_IFSOCK: "is a socket, not a file",
-    stat.S_IFCHR: "is a device, not a file",
-    stat.S_IFBLK: "is a device, not a file",
+    stat.S_IFDIR: "is a folder, not a file. Rename it, or take it away",
+    stat.S_IFIFO: "is a FIFO, not a file. Take it away",
+    stat.S_IFSOCK: "is a socket, not a file. Take it away",
+    stat.S_IFCHR: "is a device, not a file. Take it away",
+    stat.S_IFBLK: "is a device, not a file. Take it away",
 }
 
 

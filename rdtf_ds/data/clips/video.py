@@ -15,9 +15,9 @@ import numpy as np
 from PIL import Image
 
 from rdtf_ds.data.clips.clip import ClipError, ClipInfo, DecodeLimits, ExaminedClip, Place, check_shape, letterbox
+from rdtf_ds.data.clips.frame_features import thumbnail
 from rdtf_ds.data.clips.headers import sniff_format
 from rdtf_ds.data.clips.timeline import Timeline, read_timeline
-from rdtf_ds.data.frame_features import thumbnail
 from rdtf_ds.diffusion.masks import evenly_spaced
 
 _NARROWEST = 128  # pixels a row must have for decord to tell its channels right: it errs at 24, 48 and 72

@@ -18,11 +18,11 @@ import numpy as np
 from PIL import Image
 
 from rdtf_ds.data.clips.clip import ClipError, ClipInfo, DecodeLimits, ExaminedClip, Place, VideoLength, Window, check_shape, letterbox
+from rdtf_ds.data.clips.frame_features import thumbnail
 from rdtf_ds.data.clips.headers import VIDEO_FORMATS, sniff_format
 from rdtf_ds.data.clips.places import open_regular, place_size
 from rdtf_ds.data.clips.timeline import Timeline, open_container, read_timeline
 from rdtf_ds.data.clips.video import chosen, thinned
-from rdtf_ds.data.frame_features import thumbnail
 
 _CHUNK = 2**20
 _Colour = tuple[int, int, int]

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from rdtf_ds.data.clips.clip import ClipError, ExaminedClip, Place
 from rdtf_ds.data.clips.decoder_pool import DecoderPool
-from rdtf_ds.data.frame_features import FrameDescriber
+from rdtf_ds.data.clips.frame_features import FrameDescriber
 from rdtf_ds.data.indexing.index_segments import WHOLE, IndexSettings, found_table, write_segment
 from rdtf_ds.data.indexing.index_table import BROKEN, STATIC, TRAINABLE
 from rdtf_ds.diffusion.masks import MIN_FRAMES

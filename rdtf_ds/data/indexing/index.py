@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from rdtf_ds.data.clips.clip import Place, Window
-from rdtf_ds.data.frame_features import as_float
+from rdtf_ds.data.clips.frame_features import as_float
 from rdtf_ds.data.indexing.index_segments import WHOLE, IndexSettings, features_path, read_features
 from rdtf_ds.data.indexing.index_table import (
     BROKEN,
@@ -30,8 +30,9 @@ from rdtf_ds.data.indexing.index_table import (
     MappedTable,
     index_path,
 )
-from rdtf_ds.data.quarantine import Problem
+from rdtf_ds.data.indexing.problem import Problem
 from rdtf_ds.errors import UserError
+from rdtf_ds.wording import counted
 
 __all__ = ["BROKEN", "STATIC", "TRAINABLE", "ClipIndex", "ClipRow", "open_index"]
 
@@ -178,9 +179,9 @@ class ClipIndex:
         if spread:
             text += f", {spread[0]} to {spread[2]} frames, median {spread[1]}"
         held_out = f"{counts['held_out']} held out, " if counts["held_out"] else ""
-        duplicates = f"{counts['duplicates']} duplicates, " if counts["duplicates"] else ""
+        duplicates = f"{counted(counts['duplicates'], 'duplicate')}, " if counts["duplicates"] else ""
         return (
-            f"{counts['files']} clips in '{self.root}': {counts['trainable']} to train on ({text}), {held_out}{duplicates}"
+            f"{counted(counts['files'], 'clip')} in '{self.root}': {counts['trainable']} to train on ({text}), {held_out}{duplicates}"
             f"{counts['static']} static, {counts['broken']} broken, {counts['without_caption']} without a caption"
         )
 
@@ -206,6 +207,14 @@ class ClipIndex:
     def path(self, clip_id: int) -> str:
         """The clip's name, as `ClipRow` has it."""
         return str(self._value("path", clip_id))
+
+    def file_paths(self) -> Iterator[str]:
+        """The path of each clip's file, in the order of the clips; windows have their video's."""
+        for start in range(0, len(self._table), _BATCH):
+            part = self._table.rows(start, _BATCH, ["path", "window_first"])
+            for path, first in zip(*(column.to_pylist() for column in part.columns), strict=True):
+                yield path if first == WHOLE else path.rpartition("#")[0]
+            self._table.release()
 
     def frame_features(self, clip_id: int) -> np.ndarray:
         """What the clip's kept frames are clustered by: float32 (F, D).

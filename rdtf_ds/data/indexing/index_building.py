@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rdtf_ds.data.clips.clip import DecodeLimits
-from rdtf_ds.data.frame_features import THUMBNAIL_DIM, THUMBNAIL_IDENTITY, FrameDescriber
+from rdtf_ds.data.clips.frame_features import THUMBNAIL_DIM, THUMBNAIL_IDENTITY, FrameDescriber
 from rdtf_ds.data.indexing.examining import Examiner, File, examine_files
 from rdtf_ds.data.indexing.index import ClipIndex, open_index
 from rdtf_ds.data.indexing.index_rows import keys, lay_over, take_over, to_examine, without_transient

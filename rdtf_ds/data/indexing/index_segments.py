@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 
 from rdtf_ds.data.clips.clip import DecodeLimits
-from rdtf_ds.data.frame_features import THUMBNAIL_DIM, THUMBNAIL_IDENTITY
+from rdtf_ds.data.clips.frame_features import THUMBNAIL_DIM, THUMBNAIL_IDENTITY
 
 WHOLE = -1
 """In ``length``: the whole file; in ``window_first``: all its frames."""

@@ -21,10 +21,10 @@ import pyarrow.compute as pc
 from rdtf_ds.data.clips.places import open_regular, relative_name, unreadable
 from rdtf_ds.data.sources.captions import CLIP_SUFFIXES, MAX_TEXT_BYTES, group_of, text_of
 from rdtf_ds.data.sources.listing import LISTING, WHOLE_FILE, RowBuffer
-from rdtf_ds.data.sources.tar import BLOCK, TarError, TarMember, TarWalk
+from rdtf_ds.data.sources.tar import BLOCK, PACKED_SUFFIXES, PackedTarError, TarError, TarMember, TarWalk
 from rdtf_ds.errors import UserError
 
-_TARS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_TARS = (".tar", *PACKED_SUFFIXES)
 _MEMBERS = pa.schema(
     [*((name, pa.string()) for name in ("name", "stem", "key")), ("offset", pa.int64()), ("size", pa.int64()), ("fault", pa.string())]
 )
@@ -70,7 +70,7 @@ def list_shard(path: Path, name: str) -> pa.Table:
     if end is None:
         return table
     rest = RowBuffer(LISTING)
-    rest.add(name, None, 0, WHOLE_FILE, status.st_size, status.st_mtime_ns, "", None, f"{end}; nothing is read from there on")
+    rest.add(name, None, 0, WHOLE_FILE, status.st_size, status.st_mtime_ns, "", None, end)
     return pa.concat_tables([table, rest.table()])
 
 
@@ -95,8 +95,10 @@ def _walk(tar: TarWalk) -> tuple[pa.Table, pa.Table, pa.Table, str | None]:
                     notes.add(stem, *read(tar.read(member.offset, member.size)), None)
                 except ValueError as error:
                     notes.add(stem, None, None, None, f"its {suffix[1:]} {error}")
-    except TarError as error:
+    except PackedTarError as error:
         end = str(error)
+    except TarError as error:
+        end = f"{error}; nothing is read from there on"
     return members.table(), documents.table(), texts.table(), end
 
 
@@ -108,7 +110,7 @@ def _judge(member: TarMember) -> tuple[str, str | None]:
         unwritable = any("\udc80" <= character <= "\udcff" for character in member.name)
         return shown, "its name is not UTF-8" if unwritable else "its name leaves the tar: it is absolute, empty or has '..' in it"
     if member.kind not in ("file", "folder"):
-        return name, f"is a {member.kind} in a tar, which is not followed"
+        return name, f"is a {member.kind} in a tar, which is not followed. Pack files themselves"
     if member.kind == "file" and name.lower().endswith(_TARS):
         return name, "a tar inside of a tar is not opened"
     return name, None

@@ -26,10 +26,12 @@ from rdtf_ds.data.clips.places import why_not_regular
 from rdtf_ds.data.sources.captions import CLIP_SUFFIXES, METADATA, ROWS, read_caption_file, read_rows
 from rdtf_ds.data.sources.listing import LISTING, WHOLE_FILE, Listing, RowBuffer, joined
 from rdtf_ds.data.sources.shard_tables import shard_table
+from rdtf_ds.data.sources.tar import PACKED_SUFFIXES
 from rdtf_ds.errors import UserError
+from rdtf_ds.wording import counted
 
 MANIFESTS = (".csv", ".jsonl")
-_REMEDY = "Give --data_dir (rdtf.data.data_dir) a folder of clips, a folder of .tar shards, or a manifest (.csv or .jsonl)."
+_REMEDY = "Name a folder of clips, one of .tar shards, or a manifest (.csv or .jsonl); of a run it is --data_dir (rdtf.data.data_dir)."
 _NAMED_AT_MOST = 5
 _LOOSE = pa.schema([*LISTING, ("sidecar", pa.bool_())])
 _NOTES = pa.schema([*ROWS, ("source", pa.string())])
@@ -62,6 +64,7 @@ class _Found:
     clips: RowBuffer = field(default_factory=lambda: RowBuffer(_LOOSE))
     metadata: list[Path] = field(default_factory=list)
     shards: list[str] = field(default_factory=list)
+    linked: list[str] = field(default_factory=list)
 
 
 def _list_folder(root: Path, cache: Path | None) -> Listing:
@@ -75,7 +78,10 @@ def _list_folder(root: Path, cache: Path | None) -> Listing:
     loose = _with_captions(root, found.clips.table(), _agreed(notes.table()))
     table = _sorted(joined([loose, *(_shard(root, name, cache) for name in found.shards)]))
     if not table.num_rows:
-        raise UserError(f"data folder '{root}' has no clips: none of its files ends in {', '.join(CLIP_SUFFIXES)} or .tar.")
+        remedy = _REMEDY
+        if found.linked:
+            remedy = f"Its folder '{found.linked[0]}' is a symbolic link, which is not followed: put the folder itself in its place."
+        raise UserError(f"data folder '{root}' has no clips: none of its files ends in {', '.join(CLIP_SUFFIXES)} or .tar. {remedy}")
     return Listing(root, table)
 
 
@@ -112,6 +118,10 @@ def _walk(root: Path) -> _Found:
                     found.shards.append(path)
                 else:
                     found.clips.add(*row, False)
+            elif unpack := next((tool for end, tool in PACKED_SUFFIXES.items() if entry.name.lower().endswith(end)), None):
+                found.clips.add(*_faulty(path, f"is compressed, and shards are read where they lie. Unpack it: {unpack} FILE"), False)
+            elif entry.is_dir():
+                found.linked.append(path)
         folders += reversed(inner)
     return found
 
@@ -181,7 +191,7 @@ def _demand_listed(root: Path, notes: pa.Table, paths: pa.ChunkedArray) -> None:
             continue  # other files may have captions too; they are nothing to us
         total += 1
         if len(absent) < _NAMED_AT_MOST:
-            reason = " lies in a hidden or linked folder" if os.path.lexists(root / name) else ""
+            reason = " lies in a hidden or linked folder, which is not entered" if os.path.lexists(root / name) else ""
             absent.append(f"'{name}'{reason} ({source}:{line})")
     _refuse_absent(absent, total, root)
 
@@ -189,9 +199,9 @@ def _demand_listed(root: Path, notes: pa.Table, paths: pa.ChunkedArray) -> None:
 def _refuse_absent(absent: list[str], total: int, root: Path) -> None:
     if total:
         more = f" and {total - len(absent)} more" if total > len(absent) else ""
+        said = f"{counted(total, 'file')} {'is' if total == 1 else 'are'} named by metadata and absent from '{root}'"
         raise UserError(
-            f"{total} files named by metadata are absent from '{root}': {', '.join(absent)}{more}. "
-            "Add the files, or take their lines out."
+            f"{said}: {', '.join(absent)}{more}. Add the files, or take their lines out; of a linked folder, put the folder itself there."
         )
 
 

@@ -16,6 +16,9 @@ from rdtf_ds.data.clips.places import read_at
 
 BLOCK = 512
 _FILE, _FOLDER, _UNSIZED = b"07\0", b"5", b"123456"  # members of the last have no data, whatever their size says
+PACKED_SUFFIXES = {".tar.gz": "gunzip", ".tgz": "gunzip", ".tar.bz2": "bunzip2", ".tar.xz": "unxz", ".tar.zst": "unzstd"}
+"""Of compressed tars, and what makes plain ones of them."""
+_PACKED_STARTS = {b"\x1f\x8b": ".tar.gz", b"BZh": ".tar.bz2", b"\xfd7zXZ\0": ".tar.xz", b"\x28\xb5\x2f\xfd": ".tar.zst"}
 _KINDS = {b"1": "link", b"2": "symbolic link", b"3": "device", b"4": "device", b"6": "FIFO", b"S": "sparse file"}
 _LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL = b"L", b"K", b"x", b"g"
 _MOST_NAME_BYTES = 1 << 20
@@ -25,6 +28,10 @@ _TAIL = 1 << 16
 
 class TarError(Exception):
     """The tar cannot be followed further; ``str()`` says where and why, for people."""
+
+
+class PackedTarError(TarError):
+    """It is compressed as a whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +66,10 @@ class TarWalk:
         """Members whose data is all there, up to the end mark.
 
         Raises:
+            PackedTarError: It is compressed.
             TarError: The tar is cut short, a header is damaged, or there are bytes behind the end; what came before is good.
         """
+        self._demand_plain()
         at = 0
         defaults: dict[str, str] = {}
         said: dict[str, str] = {}  # of the next member, by the members before it
@@ -97,6 +106,11 @@ class TarWalk:
         if start < 0 or start + size > len(self._ahead):
             self._ahead, self._ahead_at, start = read_at(self._descriptor, offset, max(size, _AHEAD)), offset, 0
         return self._ahead[start : start + size]
+
+    def _demand_plain(self) -> None:
+        for start, suffix in _PACKED_STARTS.items():
+            if self.read(0, len(start)) == start:
+                raise PackedTarError(f"is a {suffix} by its first bytes. Name it so and unpack it: {PACKED_SUFFIXES[suffix]} FILE")
 
     def _header(self, at: int) -> bytes | None:
         """The header block at ``at``; None for the end mark, behind which there must be nothing."""

@@ -18,8 +18,8 @@ from PIL import Image
 from rdtf_ds.data.clips import animation, decoding
 from rdtf_ds.data.clips.clip import ClipError, DecodeLimits, Place, letterbox
 from rdtf_ds.data.clips.decoding import decode_clip, examine_clip, examine_image, probe_clip
+from rdtf_ds.data.clips.frame_features import thumbnail
 from rdtf_ds.data.clips.writing import write_clip
-from rdtf_ds.data.frame_features import thumbnail
 from tests.data.hand_made import (
     BLUE,
     GREEN,

@@ -47,13 +47,13 @@ def test_a_regular_file_is_opened_for_reading_alone(zoo):
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("link", "is a symbolic link, which is not followed"),
-        ("dangling", "is a symbolic link, which is not followed"),
-        ("folder_link", "is a symbolic link, which is not followed"),
-        ("fifo", "is a FIFO, not a file"),
-        ("socket", "is a socket, not a file"),
-        ("folder", "is a folder, not a file"),
-        ("/dev/null", "is a device, not a file"),
+        ("link", "is a symbolic link, which is not followed. Put the file itself in its place"),
+        ("dangling", "is a symbolic link, which is not followed. Put the file itself in its place"),
+        ("folder_link", "is a symbolic link, which is not followed. Put the file itself in its place"),
+        ("fifo", "is a FIFO, not a file. Take it away"),
+        ("socket", "is a socket, not a file. Take it away"),
+        ("folder", "is a folder, not a file. Rename it, or take it away"),
+        ("/dev/null", "is a device, not a file. Take it away"),
     ],
 )
 def test_all_else_is_refused_unopened(zoo, monkeypatch, name, reason):

@@ -15,8 +15,8 @@ from PIL import Image
 from rdtf_ds.data.clips.clip import ClipError, DecodeLimits, Place, VideoLength, letterbox
 from rdtf_ds.data.clips.decoder_pool import DecoderPool
 from rdtf_ds.data.clips.decoding import decode_clip, probe_clip
+from rdtf_ds.data.clips.frame_features import thumbnail
 from rdtf_ds.data.clips.writing import write_clip
-from rdtf_ds.data.frame_features import thumbnail
 from tests.data.moving_pictures import all_frames, encode, pictures, with_hidden_packets
 
 LIMITS = DecodeLimits()

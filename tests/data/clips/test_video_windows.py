@@ -15,9 +15,9 @@ from PIL import Image
 from rdtf_ds.data.clips import decoder_pool, video_windows
 from rdtf_ds.data.clips.clip import ClipError, DecodeLimits, Place, Window, letterbox
 from rdtf_ds.data.clips.decoder_pool import DecoderPool
+from rdtf_ds.data.clips.frame_features import thumbnail
 from rdtf_ds.data.clips.timeline import Timeline
 from rdtf_ds.data.clips.writing import write_clip
-from rdtf_ds.data.frame_features import thumbnail
 from tests.data.moving_pictures import all_frames, encode, pictures, with_hidden_packets
 
 LIMITS = DecodeLimits()

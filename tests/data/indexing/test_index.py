@@ -12,7 +12,7 @@ import pytest
 from rdtf_ds.data.clips.clip import Place, Window
 from rdtf_ds.data.indexing.index import ClipRow, open_index
 from rdtf_ds.data.indexing.index_segments import rows_folder
-from rdtf_ds.data.quarantine import Problem
+from rdtf_ds.data.indexing.problem import Problem
 from rdtf_ds.errors import UserError
 from tests.data.made_index import broken, found, make_index, settings_of
 
@@ -61,7 +61,7 @@ def test_which_clips_are_for_what(tmp_path: Path) -> None:
         "files": 8, "trainable": 4, "static": 1, "broken": 1, "held_out": 1, "duplicates": 1, "without_caption": 2,
     }  # fmt: skip
     assert index.summary() == (
-        f"8 clips in '{tmp_path}/data': 4 to train on (2 gif, 1 mp4, 1 webp, 4 to 5 frames, median 5), 1 held out, 1 duplicates, "
+        f"8 clips in '{tmp_path}/data': 4 to train on (2 gif, 1 mp4, 1 webp, 4 to 5 frames, median 5), 1 held out, 1 duplicate, "
         "1 static, 1 broken, 2 without a caption"
     )
     assert "held out" not in make_index(tmp_path, CLIPS[:4]).summary() and "duplicates" not in make_index(tmp_path, CLIPS[:4]).summary()

@@ -209,7 +209,7 @@ def test_broken_clips_stay_broken_until_a_retry(folder: Path, tmp_path: Path, de
 def test_nothing_to_train_on_because_of_the_machine_says_how_to_try_again(tmp_path: Path, decoder: type[Decoder]) -> None:
     clip(tmp_path / "data" / "x.gif", 3)
     decoder.faults["x.gif"] = ClipError("x.gif", "no memory", transient=True)
-    with pytest.raises(UserError, match=r"nothing to train on: 1 clips.*x\.gif: no memory.*--retry"):
+    with pytest.raises(UserError, match=r"nothing to train on: 1 clip in.*x\.gif: no memory.*--retry"):
         build_index(tmp_path / "data", LIMITS, tmp_path / "index")
     index = build_index(tmp_path / "data", LIMITS, tmp_path / "index", require_trainable=False)
     assert index.counts()["broken"] == 1 and len(index.trainable) == 0

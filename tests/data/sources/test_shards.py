@@ -120,11 +120,11 @@ def test_nothing_that_could_do_harm_is_read(tmp_path):
     outside = "its name leaves the tar: it is absolute, empty or has '..' in it"
     nested = "a tar inside of a tar is not opened"
     assert faults(shard) == {
-        "s.tar/0.gif": "is a symbolic link in a tar, which is not followed",
-        "s.tar/1.gif": "is a link in a tar, which is not followed",
-        "s.tar/2.gif": "is a device in a tar, which is not followed",
-        "s.tar/3.gif": "is a FIFO in a tar, which is not followed",
-        "s.tar/notes": "is a symbolic link in a tar, which is not followed",
+        "s.tar/0.gif": "is a symbolic link in a tar, which is not followed. Pack files themselves",
+        "s.tar/1.gif": "is a link in a tar, which is not followed. Pack files themselves",
+        "s.tar/2.gif": "is a device in a tar, which is not followed. Pack files themselves",
+        "s.tar/3.gif": "is a FIFO in a tar, which is not followed. Pack files themselves",
+        "s.tar/notes": "is a symbolic link in a tar, which is not followed. Pack files themselves",
         "s.tar//etc/4.gif": outside,
         "s.tar/../../5.gif": outside,
         "s.tar/a/../6.json": outside,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 import os
 import shutil
 from pathlib import Path
@@ -110,7 +113,7 @@ def test_what_is_no_file_is_a_fault_and_never_opened(tmp_path, monkeypatch):
     opened = []
     whole = os.open
     monkeypatch.setattr(os, "open", lambda path, *rest, **more: opened.append(str(path)) or whole(path, *rest, **more))
-    link, fifo = "is a symbolic link, which is not followed", "is a FIFO, not a file"
+    link, fifo = "is a symbolic link, which is not followed. Put the file itself in its place", "is a FIFO, not a file. Take it away"
     assert faults(root) == {
         "a.gif": None,
         "fifo.gif": fifo,
@@ -151,7 +154,7 @@ def test_a_folder_and_a_file_that_cannot_be_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("absent", "absent' does not exist.*--data_dir.*a folder of clips, a folder of .tar shards, or a manifest"),
+        ("absent", "absent' does not exist.*a folder of clips, one of .tar shards, or a manifest.*--data_dir"),
         ("clip.gif", "clip.gif' is a file, and no manifest.*--data_dir"),
         ("s.tar", "s.tar' is a file, and no manifest"),
         ("empty", "empty' has no clips: none of its files ends in .gif, .webp"),
@@ -205,7 +208,7 @@ def test_absent_files_are_counted_and_the_first_named(tmp_path):
     with pytest.raises(UserError) as caught:
         list_clips(tmp_path)
     message = str(caught.value)
-    assert message.startswith("7 files named by metadata are absent from") and "'a.gif'" not in message and "notes.md" not in message
+    assert message.startswith("7 files are named by metadata and absent from") and "'a.gif'" not in message and "notes.md" not in message
     assert f"'b.gif' ({tmp_path / 'metadata.jsonl'}:2)" in message and "and 2 more" in message and "'e.gif'" not in message
     assert "'.hidden/h.gif' lies in a hidden or linked folder" in message and "'linked/h.gif' lies in a hidden" in message
 
@@ -229,8 +232,8 @@ def test_a_bad_sidecar_costs_its_clip_and_bad_metadata_ends_it_all(tmp_path):
     os.mkfifo(tmp_path / "c.txt")
     assert faults(tmp_path) == {
         "a.gif": "its caption a.txt is not UTF-8 text",
-        "b.gif": "its caption b.txt is a symbolic link, which is not followed",
-        "c.gif": "its caption c.txt is a FIFO, not a file",
+        "b.gif": "its caption b.txt is a symbolic link, which is not followed. Put the file itself in its place",
+        "c.gif": "its caption c.txt is a FIFO, not a file. Take it away",
         "d.gif": None,
         "e.gif": None,
     }
@@ -268,7 +271,7 @@ def test_a_clip_of_a_manifest_without_a_text_takes_its_txt(tmp_path):
     assert faults(tmp_path / "m.jsonl") == {
         **dict.fromkeys(("a.gif", "b.gif", "c.gif")),
         "d.gif": "its caption d.txt is not UTF-8 text",
-        "sub/e.gif": "its caption e.txt is a symbolic link, which is not followed",
+        "sub/e.gif": "its caption e.txt is a symbolic link, which is not followed. Put the file itself in its place",
     }
 
 
@@ -304,9 +307,9 @@ def test_what_a_manifest_names_amiss(tmp_path):
     assert faults(tmp_path / "m.csv") == {
         "a.gif": None,
         "b.jpg": no_clip,
-        "c.gif": "is a symbolic link, which is not followed",
-        "d.gif": "is a FIFO, not a file",
-        "e.gif": "is a folder, not a file",
+        "c.gif": "is a symbolic link, which is not followed. Put the file itself in its place",
+        "d.gif": "is a FIFO, not a file. Take it away",
+        "e.gif": "is a folder, not a file. Rename it, or take it away",
         "s.tar": no_clip,
     }
     put(tmp_path, m_DOT_csv="file_name,text\na.gif,x\n" + "".join(f"{number}.gif,x\n" for number in range(7)))
@@ -423,3 +426,27 @@ def test_many_rows_pass_through_in_pieces(tmp_path, monkeypatch):
         **{f"s.tar/{number}.gif": str(number) for number in range(30)},
     }
     assert isinstance(list_clips(tmp_path / "d").table["file"].type, pa.DictionaryType)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "pack", "tool"),
+    [(".tar.gz", gzip.compress, "gunzip"), (".TGZ", gzip.compress, "gunzip"), (".tar.xz", lzma.compress, "unxz"),
+     (".tar.bz2", bz2.compress, "bunzip2"), (".tar.zst", lambda data: b"\x28\xb5\x2f\xfd" + data, "unzstd")],
+)  # fmt: skip
+def test_a_compressed_shard_says_how_to_unpack_it(tmp_path, suffix, pack, tool):
+    write(tmp_path / "1.tar", member("0.gif", b"x"))
+    packed = pack((tmp_path / "1.tar").read_bytes())
+    (tmp_path / f"2{suffix}").write_bytes(packed)
+    (tmp_path / "3.tar").write_bytes(packed)
+    found = faults(tmp_path)
+    assert found.pop("1.tar/0.gif") is None and set(found) == {f"2{suffix}", "3.tar"}
+    assert found[f"2{suffix}"] == f"is compressed, and shards are read where they lie. Unpack it: {tool} FILE"
+    assert found["3.tar"].startswith("is a .tar.") and found["3.tar"].endswith(f"Name it so and unpack it: {tool} FILE")
+
+
+def test_a_folder_of_nothing_but_links_says_so(tmp_path):
+    touch(tmp_path / "elsewhere", "a.gif")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "set").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="has no clips.*'set' is a symbolic link, which is not followed: put the folder itself"):
+        list_clips(tmp_path / "data")

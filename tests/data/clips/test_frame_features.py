@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from rdtf_ds.data.frame_features import THUMBNAIL_DIM, as_float, thumbnail
+from rdtf_ds.data.clips.frame_features import THUMBNAIL_DIM, as_float, thumbnail
 
 
 def test_a_thumbnail_holds_the_area_means_of_an_8_by_8_grid() -> None:

@@ -1,0 +1,245 @@
+"""The web page, made with gradio: caption, frame slots, task and settings on one side, the clip on the other. It needs no network.
+
+gradio is the extra `ui`; only this file imports it.
+"""
+
+from __future__ import annotations
+
+import html
+import os
+import random
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+# Read by gradio when it is imported and when components are made: no telemetry, no look for newer versions.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+import gradio as gr  # noqa: E402
+
+from rdtf_ds.errors import UserError  # noqa: E402
+from rdtf_ds.generation.jobs import Job  # noqa: E402
+from rdtf_ds.pipeline import MIN_FRAMES  # noqa: E402
+from rdtf_ds.samplers import SAMPLERS, sampler_name  # noqa: E402
+from rdtf_ds.web.slots import Preset, hint, require, slot_name  # noqa: E402
+from rdtf_ds.web.studio import Made, Studio, open_upload  # noqa: E402
+
+CSS = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
+SEEDS = 2**31
+WAITING = 20  # people in the queue; the next one is told to come again
+UPLOAD_LIMIT = "32mb"
+QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+
+
+def build(studio: Studio, title: str) -> gr.Blocks:
+    """The page for a studio, not yet served; ``title`` stands above it."""
+    os.environ["GRADIO_TEMP_DIR"] = str(studio.folder / "uploads")  # the only door to where gradio keeps uploads
+    config = studio.pipeline.config
+    most = config.max_frames
+    with gr.Blocks(title=title, analytics_enabled=False, fill_width=False) as page:
+        gr.Markdown(f"# {html.escape(title)}\n{config.image_size} × {config.image_size} pixels, up to {most} frames.", elem_id="title")
+        with gr.Row():
+            with gr.Column(scale=3):
+                prompt = gr.Textbox(label="Caption", placeholder="a cat waves", lines=2, max_length=2000, elem_id="caption")
+                task = gr.Radio([preset.value for preset in Preset], value=Preset.TEXT.value, label="Task", elem_id="task")
+                told = gr.Markdown(hint(Preset.TEXT, most), elem_id="hint")
+                with gr.Row(elem_id="slots"):
+                    slots = [_slot(number, most) for number in range(most)]
+                settings = _settings(studio)
+            with gr.Column(scale=2):
+                with gr.Row():
+                    press = gr.Button("Make the clip", variant="primary", scale=3, elem_id="make")
+                    stop = gr.Button("Stop", scale=1, min_width=80, elem_id="stop")
+                clip = gr.Image(label="Clip", type="filepath", interactive=False, height=360, buttons=["fullscreen"], elem_id="clip")
+                file = gr.File(label="GIF file", interactive=False, elem_id="file")
+                notes = gr.Markdown(elem_id="notes")
+        desk = Desk(studio)
+        marked = [task.change, settings[0].change]
+        gr.on(marked, _marker(most), [task, settings[0]], [told, *slots], **QUICK)
+        values = [prompt, task, *settings, *slots]
+        made = gr.on(
+            [press.click, prompt.submit],
+            desk.make,
+            values,
+            [clip, file, notes],
+            preprocess=False,
+            concurrency_limit=1,
+            api_visibility="private",
+        )
+        stop.click(desk.stop, cancels=made, **QUICK)  # out of the queue at once, or out of the model after a step
+        page.unload(desk.stop)
+    return page.queue(max_size=WAITING)
+
+
+def _slot(number: int, num_frames: int) -> gr.Image:
+    return gr.Image(
+        label=slot_name(number, Preset.TEXT, num_frames),
+        sources=["upload"],
+        image_mode=None,
+        height=110,
+        min_width=60,
+        buttons=[],
+        placeholder="+",
+        elem_id=f"slot-{number}",
+        elem_classes="slot",
+    )
+
+
+def _settings(studio: Studio) -> list[gr.components.Component]:
+    """Components in the order in which ``job_of`` takes their values."""
+    config = studio.pipeline.config
+    trained = studio.pipeline.scheduler.config.num_train_timesteps
+    with gr.Row():
+        num_frames = gr.Slider(MIN_FRAMES, config.max_frames, config.max_frames, step=1, label="Frames", elem_id="num-frames")
+        frame_ms = gr.Slider(20, 1000, config.frame_ms, step=10, label="Milliseconds a frame", elem_id="frame-ms")
+    with gr.Row(equal_height=True):
+        seed = gr.Number(0, label="Seed", info="the same seed and settings make the same clip", precision=0, minimum=0, elem_id="seed")
+        other = gr.Button("Another seed", elem_id="other-seed")
+    other.click(lambda: random.randrange(SEEDS), None, seed, **QUICK)
+    with gr.Accordion("Sampling", open=False, elem_id="sampling"):
+        steps = gr.Slider(1, min(trained, 200), config.steps, step=1, label="Steps", elem_id="steps")
+        sampler = gr.Dropdown(list(SAMPLERS), value=sampler_name(studio.pipeline.scheduler), label="Sampler", elem_id="sampler")
+        text_scale = gr.Slider(0, 20, config.text_scale, step=0.1, label="Guidance by the caption", elem_id="text-scale")
+        image_scale = gr.Slider(0, 20, config.image_scale, step=0.1, label="Guidance by the pictures", elem_id="image-scale")
+    return [num_frames, frame_ms, seed, steps, sampler, text_scale, image_scale]
+
+
+def _marker(slots: int) -> Callable[[str, int], list[Any]]:
+    """A function of (task, frames): the hint, and every slot's name."""
+
+    def mark(task: str, num_frames: int) -> list[Any]:
+        preset = Preset(task)
+        return [hint(preset, num_frames), *(gr.update(label=slot_name(number, preset, num_frames)) for number in range(slots))]
+
+    return mark
+
+
+class Desk:
+    """What the buttons do, for every visitor by the session that gradio gives them."""
+
+    def __init__(self, studio: Studio) -> None:
+        self._studio = studio
+        self._running: dict[str | None, threading.Event] = {}
+
+    def make(self, request: gr.Request, progress: gr.Progress = gr.Progress(), *values: Any) -> tuple[str, str, str]:  # noqa: B008
+        """(values of the page) -> the GIF to show, the file to offer, what to say of it. gradio fills in the first two by their kinds."""
+        stopped = self._running[request.session_hash] = threading.Event()
+        progress(0, desc="Waiting for the model")
+
+        def on_step(done: int, steps: int) -> None:
+            if stopped.is_set():
+                raise UserError("Stopped.")
+            progress((done, steps), desc="Sampling")
+
+        try:
+            job = job_of(*values)
+            made = self._studio.make(job, on_step)
+        except UserError as error:
+            raise gr.Error(html.escape(str(error)), duration=None, title="No clip", print_exception=False) from error
+        except Exception as error:  # told to the visitor, and with its traceback on the terminal; the server goes on
+            said = html.escape(f"{type(error).__name__}: {error}")
+            raise gr.Error(f"The model failed: {said} The terminal of the server says where.", duration=None, title="No clip") from error
+        finally:
+            self._running.pop(request.session_hash, None)
+        return str(made.path), str(made.path), _told(made, job)
+
+    def stop(self, request: gr.Request) -> None:
+        """Ends the visitor's clip after the step it is at; nothing to do if none is being made."""
+        running = self._running.get(request.session_hash)
+        if running is not None:
+            running.set()
+
+
+def job_of(
+    prompt: str,
+    task: str,
+    num_frames: float,
+    frame_ms: float,
+    seed: float | None,
+    steps: float,
+    sampler: str,
+    text_scale: float,
+    image_scale: float,
+    *uploads: Mapping[str, Any] | None,
+) -> Job:
+    """The values of the page, in its order and unprocessed, as a clip to make: a broken picture is our message and not gradio's.
+
+    Raises:
+        UserError: a field is empty, an upload is no picture, or the task wants other slots filled.
+    """
+    frames = whole("Frames", num_frames)
+    pictures = {number: open_upload(upload["path"], number) for number, upload in enumerate(uploads) if upload}
+    require(Preset(task), pictures, frames, prompt)
+    return Job(
+        name="sticker",
+        prompt=prompt if prompt.strip() else None,
+        pictures=pictures,
+        seed=whole("Seed", seed),
+        frames=frames,
+        steps=whole("Steps", steps),
+        sampler=sampler,
+        text_scale=text_scale,
+        image_scale=image_scale,
+        durations_ms=whole("Milliseconds a frame", frame_ms),
+    )
+
+
+def whole(name: str, value: float | None) -> int:
+    """A whole number of a field.
+
+    Raises:
+        UserError: the field is empty or holds a fraction.
+    """
+    if value is None or value != int(value):
+        raise UserError(f"{name} is {'empty' if value is None else value}. Write a whole number.")
+    return int(value)
+
+
+def _told(made: Made, job: Job) -> str:
+    shown = f"frames given: {', '.join(map(str, sorted(job.pictures)))}" if job.pictures else "no frame given"
+    lines = [f"Seed {job.seed}, {job.steps} steps, {shown}, {made.seconds:.1f} s. The file holds these settings.", *made.notes]
+    return "\n\n".join(lines)
+
+
+def serve(page: gr.Blocks, host: str = "127.0.0.1", port: int | None = None) -> str:
+    """Start serving in the background and return the address; ``page.close()`` ends it.
+
+    Args:
+        host: 127.0.0.1 is this machine alone; 0.0.0.0 is everyone who can reach it.
+        port: None takes the first free one from 7860 on.
+
+    Raises:
+        UserError: the port is in use, or the host is no address of this machine.
+    """
+    _reach_directly("127.0.0.1", "localhost")
+    try:
+        _, address, _ = page.launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            prevent_thread_lock=True,
+            quiet=True,
+            show_error=True,
+            ssr_mode=False,
+            pwa=False,
+            mcp_server=False,
+            run_history=False,
+            enable_monitoring=False,
+            footer_links=[],
+            max_file_size=UPLOAD_LIMIT,
+            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+            css=CSS,
+        )
+    except OSError as error:
+        raise UserError(
+            f"--host {host} --port {port or 'any from 7860'}: cannot be served ({error}). Choose another port, or 127.0.0.1."
+        ) from error
+    return address
+
+
+def _reach_directly(*hosts: str) -> None:
+    """gradio asks itself over HTTP whether it is up; a proxy of this machine's settings must not come between."""
+    for name in ("NO_PROXY", "no_proxy"):
+        known = [host for host in os.environ.get(name, "").split(",") if host]
+        os.environ[name] = ",".join([*known, *(host for host in hosts if host not in known)])
