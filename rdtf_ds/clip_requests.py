@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, cast
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from PIL import Image
 
 from rdtf_ds.data.clips.clip import letterbox
+from rdtf_ds.data.clips.containers import LONGEST_MS
 from rdtf_ds.errors import UserError
 from rdtf_ds.seeding import derive_seed
 
@@ -50,10 +52,10 @@ def clip_requests(
 
     Raises:
         UserError: lists of different lengths, frame numbers outside 0 … num_frames − 1, every frame given, no picture where one is due, or
-            a clip with nothing to go by.
+            a clip with nothing to go by, frame numbers or seeds that are no whole numbers, or a prompt that is no text, see `check_text`.
     """
     prompts = None if prompt is None or isinstance(prompt, str) else list(prompt)
-    mappings = None if frames is None or isinstance(frames, Mapping) else list(frames)
+    mappings = None if frames is None or isinstance(frames, Mapping) else _mappings(frames)
     numbered = _seeds_by_clip(seeds, generator)
     lists = {"prompt": prompts, "frames": mappings, "seeds": numbered if isinstance(numbered, list) else None}
     counts = {name: len(many) for name, many in lists.items() if many is not None} | ({} if clips is None else {"latents": clips})
@@ -63,9 +65,11 @@ def clip_requests(
     requests = []
     for clip in range(next(iter(counts.values()), 1)):
         text = cast("str | None", prompt if prompts is None else prompts[clip])
-        chosen = cast("Frames | None", frames if mappings is None else mappings[clip]) or {}
+        chosen = cast("Frames | None", frames if mappings is None else mappings[clip])
+        if text is not None:
+            check_text("the prompt", text)
         seed = numbered[clip] if isinstance(numbered, list) else numbered(clip)
-        requests.append(ClipRequest(text if text and text.strip() else None, _pictures(chosen, num_frames), seed))
+        requests.append(ClipRequest(text if text and text.strip() else None, _pictures(chosen or {}, num_frames), seed))
     if not unconditional:
         _check_something_to_go_by(requests)
     return requests
@@ -95,15 +99,31 @@ def frame_durations(durations_ms: int | Sequence[int], num_frames: int) -> list[
     """Milliseconds of each frame, from one number for all or one for each.
 
     Raises:
-        UserError: too few, too many, no whole numbers, or shorter than :data:`SHORTEST_MS`.
+        UserError: too few, too many, no whole numbers, shorter than :data:`SHORTEST_MS`, or longer than :data:`LONGEST_MS`.
     """
-    durations = [durations_ms] * num_frames if isinstance(durations_ms, int) else list(durations_ms)
+    many = _whole(durations_ms) is None and isinstance(durations_ms, Iterable)
+    durations: list[Any] = list(cast("Iterable[Any]", durations_ms)) if many else [durations_ms] * num_frames
     if len(durations) != num_frames:
         raise UserError(f"durations_ms has {len(durations)} numbers, but the clip has {num_frames} frames; give one, or one for each.")
+    found = []
     for duration in durations:
-        if isinstance(duration, bool) or not isinstance(duration, (int, np.integer)) or duration < SHORTEST_MS:
-            raise UserError(f"durations_ms holds {duration!r}; a frame is shown for whole milliseconds, {SHORTEST_MS} or more.")
-    return [int(duration) for duration in durations]
+        number = _whole(duration)
+        if number is None or not SHORTEST_MS <= number <= LONGEST_MS:
+            raise UserError(f"durations_ms holds {duration!r}; a frame is shown for {SHORTEST_MS} to {LONGEST_MS} whole milliseconds.")
+        found.append(number)
+    return found
+
+
+def check_text(what: str, text: str) -> None:
+    """
+    Raises:
+        UserError: ``text`` holds one half of a surrogate pair, which is no character, and which neither tokenizers nor files take.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        place = f"{text[error.start]!a} at character {error.start}"
+        raise UserError(f"{what} {text[:40]!a} has {place}, which is half of a surrogate pair and no character; leave it out.") from error
 
 
 def _check_something_to_go_by(requests: list[ClipRequest]) -> None:
@@ -120,14 +140,32 @@ def _seeds_by_clip(seeds: Seeds | None, generator: Generators | None) -> Callabl
     """A list when there is one for each clip, else a function of the clip's number."""
     if seeds is not None and generator is not None:
         raise UserError("both seeds and generator are given; give one of them.")
-    if isinstance(seeds, int):
-        return lambda clip: seeds + clip
     if seeds is not None:
-        return [int(seed) for seed in seeds]
+        first = _whole(seeds)
+        if first is not None:
+            return lambda clip: first + clip
+        return [_seed(seed) for seed in (seeds if isinstance(seeds, Iterable) else [seeds])]
     if generator is None or isinstance(generator, torch.Generator):
         base = _draw(generator)
         return lambda clip: derive_seed(base, clip)
     return [_draw(one) for one in generator]
+
+
+def _seed(seed: Any) -> int:
+    number = _whole(seed)
+    if number is None:
+        raise UserError(f"seeds holds {seed!r}; give a whole number, or one for each clip.")
+    return number
+
+
+def _whole(value: Any) -> int | None:
+    """An integer of any library as an int; None for anything else, truth values among them."""
+    if isinstance(value, (bool, np.bool_)):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 def _draw(generator: torch.Generator | None) -> int:
@@ -135,7 +173,21 @@ def _draw(generator: torch.Generator | None) -> int:
     return int(torch.randint(2**62, (1,), generator=generator, device=device))
 
 
+def _mappings(frames: Any) -> list[Frames | None]:
+    """One mapping for each clip."""
+    many: list[Any] = list(frames) if isinstance(frames, Iterable) else [frames]
+    for clip, one in enumerate(many):
+        if one is not None and not isinstance(one, Mapping):
+            remedy = "give a mapping from frame numbers to pictures, such as {0: picture}"
+            raise UserError(f"frames: clip {clip} has {type(one).__name__}; {remedy}.")
+    return many
+
+
 def _pictures(frames: Frames, num_frames: int) -> dict[int, Image.Image]:
+    odd = [number for number in frames if _whole(number) is None]
+    if odd:
+        raise UserError(f"frames: {odd[0]!r} is no frame number; give whole numbers, 0 to {num_frames - 1}.")
+    frames = {operator.index(number): picture for number, picture in frames.items()}
     outside = [number for number in frames if not 0 <= number < num_frames]
     if outside:
         raise UserError(f"frame {outside[0]} is not one of the clip's {num_frames} frames; they are numbered 0 to {num_frames - 1}.")

@@ -114,7 +114,10 @@ def _weight_files(place: Path) -> Iterator[tuple[Path, set[str] | None]]:
         where = _read_json(index).get("weight_map")
         if not isinstance(where, dict) or not where:
             raise UserError(f"'{index}' names no shards. {_REMEDY}")
-        for shard in sorted(set(where.values())):
+        shards = list(where.values())
+        if any(not isinstance(shard, str) or shard in ("", "..") or Path(shard).name != shard for shard in shards):
+            raise UserError(f"'{index}' names no shards: a weight_map gives each tensor a file beside it. {_REMEDY}")
+        for shard in sorted(set(shards)):
             yield place / shard, {name for name, file in where.items() if file == shard}
 
 

@@ -828,8 +828,8 @@ _EVALUATION = (
     Mutant(
         name="halves of a distance share their clips",
         file="rdtf_ds/evaluation/measures.py",
-        old="other[order[half : 2 * half]]",
-        new="other[order[:half]]",
+        old="found.append(_distance(real[order[:half]], other[order[half : 2 * half]]))",
+        new="found.append(_distance(real[order[:half]], other[order[:half]]))",
         tests=("tests/evaluation/test_measures.py",),
     ),
     Mutant(

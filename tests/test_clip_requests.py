@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from rdtf_ds.clip_requests import clip_requests, frame_durations, picture_pixels
@@ -87,9 +88,43 @@ def test_a_clip_needs_something_to_go_by_unless_it_is_asked_for_without():
     assert [request.seed for request in clip_requests("a", None, 7, None, 4, clips=3)] == [7, 8, 9]
 
 
+def test_half_of_a_surrogate_pair_is_no_text():
+    with pytest.raises(UserError, match=r"'\\ud83d' at character 2"):
+        clip_requests(["good", "a \ud83d"], None, 0, None, 4)
+    assert clip_requests("a \U0001f600", None, 0, None, 4)[0].prompt == "a \U0001f600"
+
+
+def test_integers_of_any_library_are_seeds_and_frame_numbers():
+    for seeds in (np.int64(3), np.array([3, 4]), torch.tensor(3), (np.uint8(3), 4)):
+        found = [request.seed for request in clip_requests(["a", "b"], None, seeds, None, 4)]
+        assert found == [3, 4] and all(type(seed) is int for seed in found)
+    (request,) = clip_requests(None, {np.int64(2): HALF, 0: HALF}, 0, None, 4)
+    assert list(request.pictures) == [0, 2] and all(type(number) is int for number in request.pictures)
+
+
+@pytest.mark.parametrize("seeds", [0.5, "3", True, [0.5], ["3"], [None], np.array([0.5])])
+def test_other_seeds_are_refused(seeds):
+    with pytest.raises(UserError, match="seeds holds .*give a whole number, or one for each clip"):
+        clip_requests("a", None, seeds, None, 4)
+
+
+@pytest.mark.parametrize("number", ["0", 0.5, 1.0, True, None])
+def test_other_frame_numbers_are_refused(number):
+    for frames in ({number: HALF}, [{number: HALF}]):
+        with pytest.raises(UserError, match=f"frames: {number!r} is no frame number; give whole numbers, 0 to 3"):
+            clip_requests("a", frames, 0, None, 4)
+
+
+@pytest.mark.parametrize("frames", [[np.zeros((SIZE, SIZE, 3), np.uint8)], np.zeros((1, SIZE, SIZE, 3), np.uint8), [HALF], HALF, 3, [0]])
+def test_frames_without_numbers_are_refused(frames):
+    with pytest.raises(UserError, match="frames: clip 0 has (ndarray|Image|int); give a mapping from frame numbers to pictures"):
+        clip_requests("a", frames, 0, None, 4)
+
+
 def test_durations():
+    assert frame_durations(np.int64(100), 3) == [100] * 3 and type(frame_durations(np.int64(100), 3)[0]) is int
     assert frame_durations(80, 3) == [80, 80, 80] and frame_durations((10, 20, 30), 3) == [10, 20, 30]
-    assert frame_durations(np.array([40, 50]), 2) == [40, 50]
-    for wrong in ([10, 20], [10, 20, 30, 40], [], [10, 20, 9], 9, [10, 20, 30.0], [True, 20, 20], 0, -5):
+    assert frame_durations(np.array([40, 50]), 2) == [40, 50] and frame_durations([10, 65535], 2) == [10, 65535]
+    for wrong in ([10, 20], [10, 20, 30, 40], [], [10, 20, 9], 9, [10, 20, 30.0], [True, 20, 20], 0, -5, [10, 20, 65536]):
         with pytest.raises(UserError, match="durations_ms"):
             frame_durations(wrong, 3)

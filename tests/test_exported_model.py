@@ -98,8 +98,12 @@ def test_sharded_weights(model):
     refused(model, f"lacks {min(name for name, file in where.items() if file == second.name)}, which the index")
     second.unlink()
     refused(model, "00002-of-00002.safetensors' are missing")
-    (model / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text('{"weight_map": {}}')
-    refused(model, "names no shards")
+    outside = model / "outside.safetensors"
+    save_file({"x": tensors["conv_in.weight"] if "conv_in.weight" in tensors else next(iter(tensors.values()))}, outside)
+    for where in ({}, {"x": 3}, {"x": "../outside.safetensors"}, {"x": str(outside)}, {"x": ".."}, {"x": ""}, {"x": ["a"]}, [3], None):
+        index = json.dumps({"weight_map": where})
+        (model / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(index)
+        refused(model, "names no shards")
 
 
 def test_weights_of_another_network_are_refused_and_not_filled_up_with_random_ones(model):

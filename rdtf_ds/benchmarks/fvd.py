@@ -1,12 +1,14 @@
 """What FVD sees: real clips against other real ones, and against the same with noise, frozen, and out of order.
 
-A figure for generated clips means something only beside these. Clips of one group are never on both sides.
+A figure for generated clips means something only beside these. Clips of one group are never on both sides, and as many groups as can be
+are on each.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -77,18 +79,22 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def two_sides(index: ClipIndex, clips: int, frames: int) -> tuple[list[int], list[int]]:
     """Ids of clips with enough frames, as many on each side, and each group on one.
 
+    One clip of each group comes first, then a second one of each, and so on: variants of one sticker tell less than as many stickers,
+    and a side of few groups is far from any other side.
+
     Raises:
         UserError: There are too few.
     """
     rng = numpy_generator("fvd sides")
     long_enough = index.trainable[index.frame_counts >= frames]
     by_group: dict[str, list[int]] = {}
-    for clip_id in long_enough.tolist():
+    for clip_id in rng.permutation(long_enough).tolist():
         by_group.setdefault(index.rows[clip_id].group, []).append(clip_id)
+    groups = [by_group[name] for name in rng.permutation(np.array(sorted(by_group), dtype=object))]
     sides: tuple[list[int], list[int]] = ([], [])
-    for group in rng.permutation(np.array(sorted(by_group), dtype=object)):
-        side = min(sides, key=len)
-        side += by_group[group][: clips - len(side)]
+    for side, ours in zip(sides, (groups[::2], groups[1::2]), strict=True):
+        rounds = zip_longest(*ours)  # a clip of each group, then the next of each
+        side += [clip_id for turn in rounds for clip_id in turn if clip_id is not None][:clips]
     if min(map(len, sides)) < clips:
         raise UserError(
             f"{2 * clips} clips of at least {frames} frames are needed, and '{index.root}' has {len(long_enough)} in {len(by_group)} "

@@ -96,14 +96,28 @@ def write_real(making: Making, index: ClipIndex, on_clips: OnClips = lambda coun
     """Write the real clips that are not there yet.
 
     Raises:
-        UserError: One cannot be read.
+        UserError: One cannot be read, or not be written.
     """
     for clip in making.clips:
         path = making.path(REAL, clip)
         if not path.is_file():
             note = {"real": clip.path, "content": clip.content, "frames_shown": list(clip.shown), "caption": clip.caption}
-            write_clip(real_frames(index, clip, making.side, making.background), path, metadata=note)
+            frames = real_frames(index, clip, making.side, making.background)
+            with told_unless_written(path):
+                write_clip(frames, path, metadata=note)
         on_clips(1)
+
+
+@contextmanager
+def told_unless_written(path: Path) -> Iterator[None]:
+    """What keeps a file of an evaluation from being written, a full disk or a file in a folder's place, as a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"'{path}' cannot be written: {error.strerror or error}. See to the room and the permissions there, and that its folder is "
+            "one; then start again: what is made is kept."
+        ) from error
 
 
 def read_clip(making: Making, where: str, clip: RealClip, frames: Sequence[int] | None = None) -> np.ndarray:

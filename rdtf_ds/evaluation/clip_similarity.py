@@ -52,7 +52,7 @@ class ClipScorer:
     """CLIP as a judge of clips.
 
     Args:
-        source: Folder or hub id of a CLIP model with its tokenizer.
+        source: Folder or hub id of a CLIP model with its tokenizer. What is told of it, `source`, is a folder's name or the id.
         device: Where it runs.
 
     Raises:
@@ -60,7 +60,8 @@ class ClipScorer:
     """
 
     def __init__(self, source: str, device: torch.device | str = "cpu") -> None:
-        self.device, self.source = torch.device(device), source
+        self.device = torch.device(device)
+        self.source = Path(source).resolve().name if Path(source).is_dir() else source
         self._model = load_part(_load_model, source, CLIP_MODEL).requires_grad_(False).eval().to(self.device)
         self._tokenizer = load_part(AutoTokenizer.from_pretrained, source, _TOKENIZER)
         self._size = int(self._model.config.vision_config.image_size)

@@ -1,7 +1,7 @@
 """One evaluation from beginning to end: the test set, its clips, the figures, the files that tell them.
 
-``EVAL/settings.json`` says what the folder's clips are made with, before there are any. Another evaluation is refused there, and the
-same one goes on.
+``EVAL/settings.json`` says what the folder's clips are made with, before there are any. Once there are, another evaluation is refused
+there, and the same one goes on.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 
+from rdtf_ds import __version__
 from rdtf_ds.data.clips.writing import write_atomically
 from rdtf_ds.data.indexing.index import ClipIndex
 from rdtf_ds.errors import UserError
-from rdtf_ds.evaluation.clip_making import REAL, Making, make_missing, read_clips, write_real
+from rdtf_ds.evaluation.clip_making import REAL, SUFFIX, Making, make_missing, read_clips, told_unless_written, write_real
 from rdtf_ds.evaluation.measures import Instruments, Measures
 from rdtf_ds.evaluation.page import render, view_clips
-from rdtf_ds.evaluation.protocol import Task, differences
+from rdtf_ds.evaluation.protocol import TASKS, Task, differences
 from rdtf_ds.evaluation.tables import Report, Table, markdown
 from rdtf_ds.evaluation.test_set import RealClips
 from rdtf_ds.exported_model import model_hash
@@ -80,12 +81,13 @@ def plan(folder: Path, model: Path, tasks: tuple[Task, ...], clips: RealClips, w
     """What is to be made, and the settings that say so; they are written down unless they are there already.
 
     Raises:
-        UserError: The folder holds an evaluation of other settings, or the model cannot make what is asked for.
+        UserError: As `settle`, or the model cannot make what is asked for.
     """
     outline: Any = ModelOutline(model)
     asked = {name: getattr(wishes, name) for name in ("steps", "sampler", "eta", "text_scale", "image_scale")}
     sampling = outline.settings(wishes.frames, *asked.values())
     settings = {
+        "rdtf_ds": __version__,
         "model": model_hash(model),
         "test set": clips.fingerprint,
         "split": wishes.split,
@@ -114,7 +116,7 @@ def plan(folder: Path, model: Path, tasks: tuple[Task, ...], clips: RealClips, w
         batch=wishes.batch,
         keep_given=wishes.keep_given,
         sampling=asked,
-        identity={"model": settings["model"]},
+        identity={name: settings[name] for name in ("model", "dtype", "rdtf_ds")},
     )
     return making, settings
 
@@ -122,24 +124,28 @@ def plan(folder: Path, model: Path, tasks: tuple[Task, ...], clips: RealClips, w
 def settle(folder: Path, settings: Mapping[str, Any]) -> None:
     """Write down the settings of a folder's clips; tasks may join those that are there.
 
+    Settings that no clip was made with bind nobody: those of a run that failed before its first, or of a task without any.
+
     Raises:
-        UserError: It has clips of other settings.
+        UserError: It has clips of other settings, or of nobody knows which, or the file cannot be read or written.
     """
     path, asked = folder / SETTINGS, dict(settings)
-    if path.is_file():
+    with_clips = {entry.name for entry in folder.iterdir() if entry.is_dir() and any(entry.glob(f"*{SUFFIX}"))}
+    if path.is_file() and not with_clips.isdisjoint({REAL, *TASKS}):
         try:
             kept = json.loads(path.read_text(encoding="utf-8"))
-            masks = {**kept["visible"], **asked["visible"]}
-        except (ValueError, TypeError, KeyError) as error:
+            masks = {name: mask for name, mask in kept["visible"].items() if name in with_clips}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"'{path}' cannot be read ({error}). Name another folder by --out, or remove this one.") from error
-        common = {name: mask for name, mask in kept["visible"].items() if name in asked["visible"]}
+        common = {name: mask for name, mask in masks.items() if name in asked["visible"]}
         told = differences(kept | {"visible": common}, asked | {"visible": {name: asked["visible"][name] for name in common}})
         if told:
             raise UserError(f"--out {folder}: an evaluation of other settings is there ({'; '.join(told)}). Name another folder.")
-        asked["visible"] = masks
-    elif any(entry.is_dir() and any(entry.glob("*.png")) for entry in folder.iterdir()):
+        asked["visible"] = masks | asked["visible"]
+    elif with_clips and not path.is_file():
         raise UserError(f"--out {folder}: clips are there, but no {SETTINGS} that says of which settings. Name another folder.")
-    write_atomically(path, (json.dumps(asked, indent=1) + "\n").encode())
+    with told_unless_written(path):
+        write_atomically(path, (json.dumps(asked, indent=1) + "\n").encode())
 
 
 def evaluate(
@@ -163,7 +169,7 @@ def evaluate(
         progress: Called with (what, clips in all) at the start of each part; gives what is then called with numbers of clips done.
 
     Raises:
-        UserError: As `make_missing`, or a clip that is there cannot be read.
+        UserError: As `make_missing`, or a clip that is there cannot be read, or a file cannot be written.
     """
     told = progress or (lambda what, total: lambda count: None)
     started, before = time.perf_counter(), making.made()
@@ -185,7 +191,9 @@ def evaluate(
     report = Report(*names, clips, settings, tables, variants, instruments.missing(), timing)
     page = render(report, view_clips(making, shown))
     for name, text in ((JSON, report.json_text()), (MARKDOWN, markdown(report)), (PAGE, page)):
-        write_atomically(making.folder / name, text.encode("utf-8", "backslashreplace"))
+        path = making.folder / name
+        with told_unless_written(path):
+            write_atomically(path, text.encode("utf-8", "backslashreplace"))
     return report
 
 

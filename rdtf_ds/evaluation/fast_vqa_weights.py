@@ -16,7 +16,8 @@ from rdtf_ds.wording import counted
 FILE = "FAST_VQA_B_1_4.pth"
 SOURCE = "release v2.0.0 of the FAST-VQA project, https://github.com/VQAssessment/FAST-VQA-and-FasterVQA/releases/tag/v2.0.0"
 _MEGABYTES = 127
-_REMEDY = f"The file is {FILE} (about {_MEGABYTES} MB) from {SOURCE}: download it, and name it."
+REMEDY = f"The file is {FILE} (about {_MEGABYTES} MB) from {SOURCE}: download it, and name it."
+"""Where the weights come from, for people who have none."""
 _scalar = np.float64(0).__reduce__()[0]  # what a pickled number of numpy names, wherever this numpy keeps it
 # The project saves its correlations, numbers of numpy, beside the weights.
 _NUMBERS: list[Any] = [
@@ -35,10 +36,10 @@ def load_weights(network: nn.Module, path: Path) -> None:
         UserError: There is no such file, it cannot be read, holds more than tensors and numbers, or the tensors of another network.
     """
     if not path.is_file():
-        raise UserError(f"VQA needs the weights of FAST-VQA-B, and there is no file '{path}'. {_REMEDY}")
+        raise UserError(f"VQA needs the weights of FAST-VQA-B, and there is no file '{path}'. {REMEDY}")
     given, expected = _tensors(path), network.state_dict()
     if flaw := _flaw(given, expected):
-        raise UserError(f"'{path}' does not hold the weights of FAST-VQA-B: {flaw}. {_REMEDY}")
+        raise UserError(f"'{path}' does not hold the weights of FAST-VQA-B: {flaw}. {REMEDY}")
     network.load_state_dict(given)
 
 
@@ -49,10 +50,10 @@ def _tensors(path: Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's unpickler meets torn bytes with errors of every kind, IndexError among them
         first_line = str(error).partition("\n")[0]
-        raise UserError(f"'{path}' cannot be read as weights of FAST-VQA-B ({type(error).__name__}: {first_line}). {_REMEDY}") from error
+        raise UserError(f"'{path}' cannot be read as weights of FAST-VQA-B ({type(error).__name__}: {first_line}). {REMEDY}") from error
     state: Any = content.get("state_dict", content) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping):
-        raise UserError(f"'{path}' does not hold the weights of FAST-VQA-B: there is no 'state_dict' in it. {_REMEDY}")
+        raise UserError(f"'{path}' does not hold the weights of FAST-VQA-B: there is no 'state_dict' in it. {REMEDY}")
     return {name: value for name, value in state.items() if isinstance(value, Tensor) and not name.endswith(".relative_position_index")}
 
 

@@ -38,7 +38,10 @@ class Normal:
         if not np.isfinite(samples).all():
             raise ValueError("features must be finite")
         mean = samples.mean(axis=0)
-        return cls(mean, (samples - mean) / np.sqrt(len(samples) - 1))
+        factor = (samples - mean) / np.sqrt(len(samples) - 1)
+        if len(factor) > factor.shape[1]:  # R of QR has the same covariance, and no more rows than there are dimensions
+            factor = np.asarray(np.linalg.qr(factor, mode="r"), np.float64)
+        return cls(mean, factor)
 
     @classmethod
     def of_moments(cls, mean: NDArray[np.floating], covariance: NDArray[np.floating]) -> Normal:

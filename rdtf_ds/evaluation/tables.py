@@ -163,7 +163,8 @@ def explanations(report: Report) -> Iterator[str]:
         yield f"{measure}: {told}"
     yield (
         "Real clips: what they would get themselves. FVD falls with the number of clips N, so a distance says something only beside "
-        "another at the same N; a row of N others holds half of the made clips against the real clips of the other half."
+        "another at the same N; a row of N others, and that of N without end, hold half of the made clips against the real clips of the "
+        "other half. Such a limit may end a little below 0; how far, the real clips' own shows."
     )
     yield (
         "Paper's RDTF: other clips, other networks and preprocessing; for orientation, not for comparison. The paper's CLIP figure is "

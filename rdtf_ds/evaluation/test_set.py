@@ -103,7 +103,7 @@ def choose_clips(index: ClipIndex, split: Split, frames: int, most: int, seed: i
         side = "held out in" if held_out else "in"
         raise UserError(f"none of the {len(ids)} clips {side} '{index.root}' has {frames} frames. Ask for fewer: --frames.")
     drawn = numpy_generator(seed, "test set").permutation(usable)[:most]
-    width = len(str(most - 1))
+    width = len(str(len(drawn) - 1))
     rows = columns.take(pa.array(drawn)).to_pylist()
     clips = tuple(
         RealClip(

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from glob import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -96,6 +99,7 @@ def export(
     unet = empty_model(source)
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
+        _clear_leftovers(out)
         (partial / "unet").mkdir(parents=True)
         _write_configs(partial, unet, section, write_frozen_parts(partial, unet, section.encoders, max_shard))
         written = write_weights(partial / "unet", source.shapes(), source.parameters(weights), DTYPES[dtype], max_shard)
@@ -163,6 +167,28 @@ def _refuse_occupied(out: Path) -> None:
         raise UserError(f"'{out}' is a file; name a folder that does not exist yet.")
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"'{out}' is not empty, and an export never overwrites. Name another folder, or remove it first.")
+
+
+def _clear_leftovers(out: Path) -> None:
+    """Removes what exports to ``out`` left behind that were killed, and says so."""
+    for path in sorted(out.parent.glob(f".{escape(out.name)}.*.partial")):
+        number = path.name.removeprefix(f".{out.name}.").removesuffix(".partial")
+        if re.fullmatch("[1-9][0-9]*", number, re.ASCII) and not path.is_symlink() and path.is_dir() and _has_ended(int(number)):
+            shutil.rmtree(path)
+            print(f"Removed '{path}', which an export that was killed had left.", file=sys.stderr)
+
+
+def _has_ended(process: int) -> bool:
+    """Whether no process but this one has the number: in a container, each export may have the same."""
+    if process == os.getpid():
+        return True
+    try:
+        os.kill(process, 0)  # only asks
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:  # somebody else's
+        pass
+    return False
 
 
 def _write_configs(folder: Path, unet: DFGN, section: RDTFSection, frozen: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from rdtf_ds.clip_requests import clip_requests, frame_durations
+from rdtf_ds.clip_requests import check_text, clip_requests, frame_durations
 from rdtf_ds.errors import UserError
 from rdtf_ds.generation.pictures import as_frames, open_pictures
 from rdtf_ds.pipeline import Settings
@@ -63,7 +63,10 @@ def settings_of(model: Any, job: Job) -> Settings:
     Raises:
         UserError: a value the model or the sampler has no use for.
     """
-    settings: Settings = model.settings(job.frames, job.steps, job.sampler, job.eta, job.text_scale, job.image_scale)
+    try:
+        settings: Settings = model.settings(job.frames, job.steps, job.sampler, job.eta, job.text_scale, job.image_scale)
+    except OverflowError as error:
+        raise UserError("eta, text_scale or image_scale is too large for any float; choose a number, such as 7.5.") from error
     return settings
 
 
@@ -154,6 +157,10 @@ def _check_request(job: Job, model: Any, num_frames: int, fit: bool) -> None:
 def _flaw_of_name(name: str) -> str | None:
     if re.search(r'^$|^[.\s-]|[\x00-\x1f\x7f/\\:*?"<>|]|[.\s]$', name):
         return f"the name {name!r} is no name for a file; use letters, digits, '-', '_', and no '/' or leading '.'."
-    if len(name.encode("utf-8", "replace")) > _LONGEST_NAME:
+    try:
+        check_text("the name", name)
+    except UserError as error:
+        return str(error)
+    if len(name.encode("utf-8")) > _LONGEST_NAME:
         return f"the name {name[:40]!r}… is longer than {_LONGEST_NAME} bytes; shorten it."
     return None

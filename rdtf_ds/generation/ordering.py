@@ -20,7 +20,7 @@ from rdtf_ds.generation.grids import grid, parse_axes
 from rdtf_ds.generation.jobs import Job, batches, check_jobs, refuse
 from rdtf_ds.generation.making import find_made, make_clips, metadata_of
 from rdtf_ds.generation.model_outline import ModelOutline
-from rdtf_ds.generation.prompts import read_prompts, slug
+from rdtf_ds.generation.prompts import is_frame_number, read_prompts, slug
 from rdtf_ds.generation.sheets import MOST_CLIPS, write_sheets
 from rdtf_ds.pipeline import RDTFPipeline
 
@@ -104,6 +104,9 @@ def take_order(arguments: argparse.Namespace) -> Order:
     assert outline is not None and ordered is not None
     jobs, told = ordered
     check_jobs(jobs, outline, arguments.fit, told)
+    if arguments.out_dir is not None:
+        taken = [job.name for job in jobs if job.name.casefold() == SHEET]
+        refuse([f"{told.get(name, 'a clip')}: the name '{name}' is that of the sheets in --out_dir; give another." for name in taken])
     folder = arguments.out_dir if arguments.out is None else arguments.out.parent
     options = {
         "batch": arguments.batch,
@@ -209,7 +212,7 @@ def _pictures(pairs: Sequence[str]) -> dict[int, Path]:
     problems = []
     for pair in pairs:
         number, equals, path = pair.partition("=")
-        if not equals or not number.strip().isdecimal() or not path:
+        if not equals or not is_frame_number(number.strip()) or not path:
             problems.append(f"--frame {pair}: write N=PICTURE, with N the frame's number, 0 for the first.")
         elif int(number) in pictures:
             problems.append(f"--frame {pair}: frame {int(number)} is given twice.")

@@ -13,6 +13,9 @@ from PIL import Image, ImageOps
 from rdtf_ds.clip_requests import picture_pixels
 from rdtf_ds.errors import UserError
 
+MOST_PIXELS = 40_000_000
+"""A small file may say that it has so many that they fill the memory."""
+
 
 def open_pictures(pictures: Mapping[int, Path | np.ndarray | Image.Image]) -> dict[int, Image.Image | np.ndarray]:
     """The same pictures with files read, by rising number.
@@ -27,14 +30,19 @@ def open_picture(path: Path) -> Image.Image:
     """A picture as it is looked at: upright where a camera's EXIF says how it was held.
 
     Raises:
-        UserError: a file that is absent, is no picture, or is an animation.
+        UserError: a file that is absent, is no picture, has more than :data:`MOST_PIXELS`, or is an animation.
     """
     try:
         with Image.open(path) as image:
+            width, height = image.size
+            if width * height > MOST_PIXELS:
+                raise UserError(f"the picture '{path}' has {width} x {height} pixels; save it with {MOST_PIXELS // 10**6} million at most.")
             count = getattr(image, "n_frames", 1)
             if count == 1:
                 image.load()
                 return ImageOps.exif_transpose(image)
+    except UserError:
+        raise
     except Exception as error:  # Pillow's readers raise OSError, SyntaxError, ValueError and more for a broken picture
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else f"{error}"
         raise UserError(f"the picture '{path}' cannot be read: {reason}.") from error

@@ -10,17 +10,20 @@ import csv
 import difflib
 import io
 import json
+import math
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rdtf_ds.clip_requests import check_text
 from rdtf_ds.errors import UserError
 from rdtf_ds.generation.jobs import Job, refuse
 
 SUFFIXES = (".txt", ".jsonl", ".csv")
 _SLUG = 40  # characters of a prompt in a file's name
+_DIGITS = 9  # of a frame's number; Python refuses to read thousands of them
 
 
 class Prompts(NamedTuple):
@@ -94,22 +97,45 @@ def _json_rows(text: str) -> Rows:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except ValueError as error:
+            row = json.loads(line, object_pairs_hook=_distinct)
+            check_text("the line", json.dumps(row, ensure_ascii=False))
+        except UserError as error:
+            yield number, str(error)
+            continue
+        except (ValueError, RecursionError) as error:
             yield number, f"no JSON: {error}."
             continue
         yield number, row if isinstance(row, dict) else f'not an object like {{"prompt": "…"}} but {line.strip()[:40]}.'
 
 
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these keys and values; JSON itself would keep the last of equal keys."""
+    names = [name for name, _ in pairs]
+    if twice := _twice(names):
+        raise UserError(f"'{twice}' stands there twice; leave one of them out.")
+    return dict(pairs)
+
+
+def _twice(names: Sequence[str]) -> str | None:
+    return next((name for number, name in enumerate(names) if name in names[:number]), None)
+
+
 def _csv_rows(text: str) -> Rows:
     reader = csv.DictReader(io.StringIO(text, newline=""), restkey="")
     try:
+        columns = [name.strip() for name in reader.fieldnames or ()]
+        if twice := _twice(columns):
+            yield reader.line_num, f"the column '{twice}' stands there twice; leave one of them out."
+            return
         for row in reader:
             if "" in row:
                 yield reader.line_num, f"more cells than the {len(row) - 1} columns; quote cells that hold commas."
                 continue
             filled = {name.strip(): cell for name, cell in row.items() if cell is not None and cell.strip()}
-            yield reader.line_num, {name: _cell(name, cell) for name, cell in filled.items()}
+            try:
+                yield reader.line_num, {name: _cell(name, cell) for name, cell in filled.items()}
+            except UserError as error:
+                yield reader.line_num, str(error)
     except csv.Error as error:
         yield reader.line_num, f"{error}."
 
@@ -118,12 +144,12 @@ def _cell(name: str, cell: str) -> Any:
     """A cell as JSON would have it; what cannot be converted stays text, which its field then refuses."""
     if name == "pictures":
         pairs = [pair.partition("=") for pair in cell.split(";")]
-        return {number.strip(): file.strip() for number, _, file in pairs}
+        return _distinct([(number.strip(), file.strip()) for number, _, file in pairs])
     if name in ("prompt", "name", "sampler"):
         return cell
     try:
         return json.loads(f"[{cell}]" if "," in cell else cell)
-    except ValueError:
+    except (ValueError, RecursionError):
         return cell
 
 
@@ -139,6 +165,8 @@ def _job(row: dict[str, Any], number: int, folder: Path, defaults: Mapping[str, 
         if not fits(value):
             raise UserError(f"{name} is {json.dumps(value, ensure_ascii=False)[:60]}; give {wanted}.")
     given = {int(key): _place(file, folder) for key, file in values.get("pictures", {}).items()}
+    if len(given) < len(values.get("pictures", {})):
+        raise UserError(f"pictures is {json.dumps(values['pictures'], ensure_ascii=False)[:60]}; a frame stands there twice.")
     values["pictures"] = given or defaults.get("pictures", {})
     values.setdefault("name", f"{number:04d}_{slug(values.get('prompt'))}")
     return Job(**{**defaults, **values})
@@ -146,7 +174,11 @@ def _job(row: dict[str, Any], number: int, folder: Path, defaults: Mapping[str, 
 
 def _place(file: str, folder: Path) -> Path:
     path = folder / file
-    if not path.resolve().is_relative_to(folder.resolve()):
+    try:
+        inside = path.resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError) as error:  # a zero byte; links in a circle
+        raise UserError(f"the picture {file[:60]!a} is no name of a file: {error}.") from error
+    if not inside:
         raise UserError(
             f"the picture '{file}' is outside of the folder of the prompts; "
             "put it there or below, or the file of prompts into a folder that holds both."
@@ -159,7 +191,12 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float can be
+        return False
 
 
 def _is_text(value: Any) -> bool:
@@ -170,8 +207,13 @@ def _is_durations(value: Any) -> bool:
     return _is_whole(value) or (isinstance(value, list) and all(map(_is_whole, value)))
 
 
+def is_frame_number(text: str) -> bool:
+    """Whether a text is a frame's number, of at most so many digits as anyone's clips have."""
+    return text.isdecimal() and len(text) <= _DIGITS
+
+
 def _is_pictures(value: Any) -> bool:
-    return isinstance(value, dict) and all(key.isdecimal() and isinstance(file, str) and file for key, file in value.items())
+    return isinstance(value, dict) and all(is_frame_number(key) and isinstance(file, str) and file for key, file in value.items())
 
 
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {

@@ -11,10 +11,11 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from rdtf_ds.data.clips.clip import DecodeLimits
+from rdtf_ds.data.clips.clip import ClipError, DecodeLimits
 from rdtf_ds.data.clips.containers import join_webp
 from rdtf_ds.data.clips.decoding import decode_clip, probe_clip
 from rdtf_ds.data.clips.writing import PAPER, contact_sheet, wrap, write_atomically
+from rdtf_ds.errors import UserError
 from rdtf_ds.generation.grids import AXES, told
 from rdtf_ds.generation.jobs import Job
 
@@ -22,6 +23,7 @@ MOST_CLIPS = 64
 """On a sheet; more cannot be taken in by eye."""
 _SMALL, _LARGE = 96, 256  # pixels of a clip's side on a sheet
 _WIDEST = 1600  # pixels of the playing sheet, where its clips need not be smaller than _SMALL for it
+_LONGEST_SIDE = 16383  # pixels; WebP has no larger pictures
 _CAPTION_LINES, _LINE, _MARGIN = 3, 15, 6
 _VARIED = ("seed", "text_scale", "image_scale", "steps", "sampler", "eta", "frames")
 _QUALITY = 90
@@ -42,12 +44,19 @@ def write_sheets(jobs: Sequence[Job], files: Sequence[Path], stem: Path, columns
     Args:
         files: the jobs' clips.
         columns: of the playing sheet; None: about as many as rows.
+
+    Raises:
+        UserError: a clip cannot be read again, or a sheet cannot be written.
     """
     jobs, files = jobs[:MOST_CLIPS], files[:MOST_CLIPS]
-    shown = [_read(file, label) for file, label in zip(files, labels(jobs), strict=True)]
     stills, playing = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.webp")
-    contact_sheet([clip.frames for clip in shown], [clip.label for clip in shown], stills)
-    write_atomically(playing, playing_sheet(shown, columns or math.ceil(math.sqrt(len(shown)))))
+    try:
+        shown = [_read(file, label) for file, label in zip(files, labels(jobs), strict=True)]
+        contact_sheet([clip.frames for clip in shown], [clip.label for clip in shown], stills)
+        write_atomically(playing, playing_sheet(shown, columns or math.ceil(math.sqrt(len(shown)))))
+    except (OSError, ClipError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UserError(f"the sheets '{stills}' and '{playing}' cannot be written: {reason}. The clips that were made stay.") from error
     return [stills, playing]
 
 
@@ -73,10 +82,16 @@ def _read(file: Path, label: str) -> Shown:
 
 
 def playing_sheet(clips: Sequence[Shown], columns: int) -> bytes:
-    """A WebP on which all clips play from their starts; a shorter one waits on its last frame until the longest has ended."""
-    side = min(max(clip.frames.shape[1] for clip in clips), max(_SMALL, _WIDEST // columns - _MARGIN))
-    height = side + _CAPTION_LINES * _LINE + _MARGIN
-    size = (columns * (side + _MARGIN) + _MARGIN, math.ceil(len(clips) / columns) * height + _MARGIN)
+    """A WebP on which all clips play from their starts; a shorter one waits on its last frame until the longest has ended.
+
+    Clips become smaller, and columns fewer, where the sheet would be larger than WebP can be.
+    """
+    room, below = _LONGEST_SIDE - _MARGIN, _CAPTION_LINES * _LINE + _MARGIN
+    columns = min(columns, len(clips), room // (_SMALL + _MARGIN))
+    rows = math.ceil(len(clips) / columns)
+    side = min(max(clip.frames.shape[1] for clip in clips), max(_SMALL, _WIDEST // columns - _MARGIN), room // rows - below)
+    height = side + below
+    size = (columns * (side + _MARGIN) + _MARGIN, rows * height + _MARGIN)
     page = _captions(clips, columns, side, height, size)
     starts = [np.cumsum([0, *clip.durations_ms]) for clip in clips]
     moments = np.unique(np.concatenate([clip_starts[:-1] for clip_starts in starts]))

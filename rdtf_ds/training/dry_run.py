@@ -1,4 +1,5 @@
-"""The resolved plan of a run, in text: what would be trained, on what, in which steps. Nothing is written, no weights are loaded.
+"""The resolved plan of a run, in text: what would be trained, on what, in which steps. Nothing is written, no weights are loaded but those
+of I3D where FVD is asked for.
 
 Of clips that no index knows yet at most `EXAMINED_AT_MOST` are examined for it, and none if that takes a model; then clips are counted.
 """
@@ -111,8 +112,8 @@ def _validation_lines(rdtf: RDTFSection) -> Iterator[str]:
     bound = "without a bound" if keys.max_share == 1 else f"at most {keys.max_share:.1%}"
     yield f"validation      every {keys.interval} steps: {', '.join(parts)}; {bound} of the time"
     if keys.fvd_interval:
-        try:
-            VideoFeatures(fvd_weights(rdtf))
+        try:  # another network's file shows when it is called
+            VideoFeatures(fvd_weights(rdtf))([np.zeros((rdtf.data.frames, rdtf.data.image_size, rdtf.data.image_size, 3), np.uint8)])
         except UserError as error:
             yield f"{NOT_READY}{error}"
 

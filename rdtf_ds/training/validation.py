@@ -34,6 +34,7 @@ class Order(NamedTuple):
     losses: bool = False
     clips: tuple[int, ...] = ()
     fvd: bool = False
+    fvd_trial: bool = False
 
 
 @dataclass
@@ -43,6 +44,7 @@ class Findings:
     Attributes:
         queue: Requests not tried yet, by number, in the order they will be.
         losses_due, fvd_due: Asked for and not tried yet.
+        fvd_failed: It was tried.
         stopped: The run was asked to stop on the way.
         fvd_s: About how long FVD would take, if that is known.
         once_s: Seconds of what each start of the run does once: encoding clips, features of real ones.
@@ -57,6 +59,7 @@ class Findings:
     clips: list[tuple[Request, MadeClip]] = field(default_factory=list)
     tried: int = 0
     fvd: float | None = None
+    fvd_failed: bool = False
     failures: list[str] = field(default_factory=list)
     stopped: bool = False
     fvd_s: float | None = None
@@ -141,8 +144,8 @@ class Validation:
         history = self.log.validations
         count = len(self.requests)
         first = history[-1]["next_clip"] % count if history and count else 0
-        measured = [line["step"] for line in history if line["fvd"] is not None]
-        fvd_due = self.fvd is not None and done // self.fvd_interval > (measured[-1] // self.fvd_interval if measured else 0)
+        tried = [line["step"] for line in history if line["fvd"] is not None or line.get("fvd_failed")]
+        fvd_due = self.fvd is not None and done // self.fvd_interval > (tried[-1] // self.fvd_interval if tried else 0)
         costs = Costs.from_json(history[-1]["costs"]) if history else Costs()
         return Findings(costs, [(first + i) % count for i in range(count)], self.losses is not None, fvd_due)
 
@@ -151,7 +154,8 @@ class Validation:
 
         While FVD is due only one round of clips comes before it, or it might wait for ever.
         """
-        if found.stopped or self.hurry():
+        found.stopped = found.stopped or self.hurry()
+        if found.stopped:
             return Order()
         left = allowance(self.max_share, self.log.trained_s, self.log.validated_s + time.perf_counter() - started)
         world, costs = self.engine.world_size, self._costs(found)
@@ -160,7 +164,7 @@ class Validation:
             rounds = min(rounds, 0 if found.tried else 1)
             found.fvd_s = costs.fvd
         fits = fit(left, costs, found.losses_due, rounds, found.fvd_due)
-        return Order(fits.losses, tuple(found.queue[: fits.rounds * world]), fits.fvd)
+        return Order(fits.losses, tuple(found.queue[: fits.rounds * world]), fits.fvd, fits.fvd_trial)
 
     def _costs(self, found: Findings) -> Costs:
         """What is known of costs, with those of what this start of the run has not prepared yet."""
@@ -180,6 +184,8 @@ class Validation:
             self._measure_losses(found)
         if order.clips and not found.stopped:
             self._make_clips(order.clips, found)
+        if order.fvd_trial and not found.stopped:
+            self._try_fvd(found)
         if order.fvd and not found.stopped:
             self._measure_fvd(found)
 
@@ -219,13 +225,32 @@ class Validation:
         found.stopped = found.stopped or len(tried) < len(numbers)
         found.queue = [number for number in found.queue if number not in tried]
         found.tried += len(tried)
-        rounds = [sum(clip.seconds for _, clip in part) for part in parts]
-        found.units_s += max(rounds)
-        found.costs = found.costs.measured(clips=max(rounds) / math.ceil(len(numbers) / world))
+        found.units_s += max(sum(clip.seconds for _, clip in part) for part in parts)
+        # A clip that was cut short or failed says nothing of what a whole one takes.
+        whole = [[clip.seconds for _, clip in part if clip.value is not None] for part in parts]
+        found.costs = found.costs.measured(clips=max((math.fsum(seconds) / len(seconds) for seconds in whole if seconds), default=None))
 
     def _make_clip(self, number: int) -> MadeClip:
         go_on(self.hurry)
         return make_clip(self.pipeline, self.requests[number], self.steps)
+
+    def _try_fvd(self, found: Findings) -> None:
+        """One of its clips on every rank, where no other clip tells what they cost."""
+        assert self.fvd is not None
+        fvd = self.fvd
+        parts = gather_objects(attempt(lambda: fvd.make_one(self.pipeline, self.hurry)))
+        seconds = max(part.seconds for part in parts)
+        found.units_s += seconds
+        if not self._fvd_ended(parts, found):
+            found.costs = found.costs.measured(clips=seconds)
+
+    def _fvd_ended(self, parts: Sequence[Attempt[Any]], found: Findings) -> bool:
+        """Whether any rank was stopped, which leaves FVD due, or failed: it is tried again when it is due the next time."""
+        failures = [f"no FVD: rank {rank}: {part.failure}" for rank, part in enumerate(parts) if part.failure]
+        found.failures += failures
+        found.fvd_failed, found.stopped = bool(failures), any(part.stopped for part in parts)
+        found.fvd_due = not failures
+        return found.fvd_failed or found.stopped
 
     def _measure_fvd(self, found: Findings) -> None:
         """Of all clips or none, for it depends on their number."""
@@ -236,14 +261,12 @@ class Validation:
         seconds, once = max(part.seconds for part, _ in parts), max(real_s for _, real_s in parts)
         found.once_s += once
         found.units_s += seconds - once
-        found.stopped = found.fvd_due = any(part.stopped for part, _ in parts)
-        failures = [f"no FVD: rank {rank}: {part.failure}" for rank, (part, _) in enumerate(parts) if part.failure]
-        if not failures and not found.stopped:
-            distance = attempt(lambda: fvd_of([pair for part, _ in parts for pair in part.value]))
-            failures = [f"no FVD: {distance.failure}"] if distance.failure else []
-            found.fvd = distance.value
-            found.costs = found.costs.measured(fvd=seconds - once)
-        found.failures += failures
+        if self._fvd_ended([part for part, _ in parts], found):
+            return
+        distance = attempt(lambda: fvd_of([pair for part, _ in parts for pair in part.value]))
+        found.failures += [f"no FVD: {distance.failure}"] if distance.failure else []
+        found.fvd, found.fvd_failed, found.fvd_due = distance.value, distance.failure is not None, False
+        found.costs = found.costs.measured(fvd=seconds - once)
 
     def _tell(self, found: Findings, done: int, seconds: float) -> None:
         """Everything into the log; on rank 0."""
@@ -261,6 +284,7 @@ class Validation:
                 "clips": [request.name for request, _ in found.clips],
                 "next_clip": found.queue[0] if found.queue else self._first(found),
                 "fvd": None if found.fvd is None or self.fvd is None else {"fvd": found.fvd, "variant": self.fvd.variant},
+                "fvd_failed": found.fvd_failed,
                 "put_off": found.waiting,
                 "failures": found.failures,
                 "seconds": seconds,

@@ -28,6 +28,7 @@ from rdtf_ds.training.validation import Validation
 from rdtf_ds.training.validation_clips import Request, make_requests
 from rdtf_ds.training.validation_fvd import RealClip, TrainingFVD, fvd_weights
 from rdtf_ds.training.validation_pipeline import LatePipeline, around
+from rdtf_ds.training.validation_units import attempt
 from rdtf_ds.training.visiting_pipeline import visiting_pipeline
 
 _log = logging.getLogger(__name__)
@@ -196,30 +197,27 @@ def _build_fvd(run: Run, log: RunLog) -> TrainingFVD:
             raise UserError(f"'{index.path(ids[number])}' can no longer be read.")
         return RealClip(index.caption(ids[number]), pixels[evenly_spaced(len(pixels), frames)])
 
-    made: list[TrainingFVD] = []
-    fault = None
-    try:
-        made.append(
-            TrainingFVD(
-                fvd_weights(rdtf),
-                len(ids),
-                read,
-                num_frames=frames,
-                side=rdtf.data.image_size,
-                steps=rdtf.validation.steps,
-                seed=rdtf.seed,
-                rank=run.engine.rank,
-                world_size=run.engine.world_size,
-            )
+    built = attempt(
+        lambda: TrainingFVD(
+            fvd_weights(rdtf),
+            len(ids),
+            read,
+            num_frames=frames,
+            side=rdtf.data.image_size,
+            steps=rdtf.validation.steps,
+            seed=rdtf.seed,
+            rank=run.engine.rank,
+            world_size=run.engine.world_size,
         )
-    except UserError as error:
-        fault = str(error)
-    for rank, told in enumerate(gather_objects(fault)):
+    )
+    for rank, told in enumerate(gather_objects(built.failure)):
         if told is not None:
             raise on_every_rank(UserError(f"rdtf.validation.fvd_interval asks for FVD, which rank {rank} cannot measure: {told}"))
+    fvd = built.value
+    assert fvd is not None, "no rank failed"
     whose = "held-out clips" if len(index.held_out) else "clips that are trained on"
-    log.say(f"FVD every {rdtf.validation.fvd_interval} steps, of {len(ids)} {whose} ({wanted} were asked for): {made[0].variant}")
-    return made[0]
+    log.say(f"FVD every {rdtf.validation.fvd_interval} steps, of {len(ids)} {whose} ({wanted} were asked for): {fvd.variant}")
+    return fvd
 
 
 def _clips_of(index: ClipIndex, seed: int, count: int, frames: int) -> list[int]:

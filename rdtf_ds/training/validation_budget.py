@@ -19,7 +19,7 @@ class Costs:
     Attributes:
         overhead: What belongs to none of the others: the mean weights put in and out, pictures written.
         losses: All held-out losses.
-        clips: One round of clips: one on every rank.
+        clips: One round of clips: one on every rank, made whole.
         fvd: One measurement of FVD.
         preparing: Encoding the clips of the losses, once in each start of a run.
     """
@@ -43,11 +43,12 @@ class Costs:
 
 
 class Fit(NamedTuple):
-    """What is carried out now."""
+    """What is carried out now; ``fvd_trial``: one clip of FVD on every rank, to see what all of them cost."""
 
     losses: bool
     rounds: int
     fvd: bool
+    fvd_trial: bool = False
 
 
 def allowance(max_share: float, trained_s: float, validated_s: float) -> float:
@@ -72,7 +73,8 @@ def fit(left: float, costs: Costs, losses: bool, rounds: int, fvd: bool) -> Fit:
     """What of the wanted units fits into ``left`` seconds: the losses first, then rounds of clips, then FVD.
 
     While the losses do not fit, nothing else is carried out: it would use up what they wait for. A unit whose cost nobody knows is carried
-    out once, if anything is left at all, a single round of clips at most; FVD never is, since it may cost hours.
+    out once, if anything is left at all, a single round of clips at most. Of FVD, which may cost hours, that is one clip on every rank,
+    unless a round of clips tells as much, or there is no bound.
     """
     nothing = Fit(False, 0, False)
     left -= costs.overhead or 0.0
@@ -86,7 +88,9 @@ def fit(left: float, costs: Costs, losses: bool, rounds: int, fvd: bool) -> Fit:
         elif costs.clips * rounds > left:
             rounds = max(0, int(left // costs.clips))
         left -= rounds * (costs.clips or 0.0)
-    return Fit(losses, rounds, fvd and costs.fvd is not None and _fits(costs.fvd, left))
+    if fvd and costs.fvd is None and left < math.inf:
+        return Fit(losses, rounds, False, fvd_trial=left > 0 and not rounds)
+    return Fit(losses, rounds, fvd and _fits(costs.fvd, left))
 
 
 def _fits(cost: float | None, left: float) -> bool:

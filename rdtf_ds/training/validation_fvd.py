@@ -18,7 +18,7 @@ from rdtf_ds.config import RDTFSection
 from rdtf_ds.evaluation.frechet import Normal, frechet_distance
 from rdtf_ds.evaluation.fvd import VideoFeatures
 from rdtf_ds.seeding import derive_seed
-from rdtf_ds.training.validation_clips import Request, make_clip
+from rdtf_ds.training.validation_clips import MadeClip, Request, make_clip
 from rdtf_ds.training.validation_units import go_on
 
 
@@ -51,7 +51,7 @@ class TrainingFVD:
         rank, world_size: Of this process.
 
     Raises:
-        UserError: The weights are not here, or cannot be read.
+        UserError: The weights are not here, cannot be read, or are not I3D's.
     """
 
     def __init__(
@@ -88,6 +88,17 @@ class TrainingFVD:
         """About how much longer the first one takes, which makes features of the real clips too."""
         return 0.0 if len(self._real) == len(self._mine) else self._rounds * self._feature_s
 
+    def make_one(self, pipeline: Any, hurry: Callable[[], bool]) -> None:
+        """Make this rank's first clip, if it has any, to see how long that takes. No collectives.
+
+        Raises:
+            Interrupted: ``hurry`` says that the run was asked to stop.
+            UserError: The clip cannot be read or made.
+        """
+        for number in self._mine[:1]:
+            go_on(hurry)
+            self._make(pipeline, number, self._read(number))
+
     def measure(self, pipeline: Any, hurry: Callable[[], bool]) -> list[ClipFeatures]:
         """Features of this rank's clips. No collectives.
 
@@ -103,11 +114,14 @@ class TrainingFVD:
                 started = time.perf_counter()
                 self._real[number] = self._features([real.frames])[0]
                 self.real_s += time.perf_counter() - started
-            seed = derive_seed(self._seed, "validation fvd", number)
-            request = Request(f"fvd{number:04d}", real.caption, {0: real.frames[0]}, len(real.frames), seed)
-            made = make_clip(pipeline, request, self._steps)
+            made = self._make(pipeline, number, real)
             pairs.append(ClipFeatures(number, self._real[number], self._features([made.frames])[0]))
         return pairs
+
+    def _make(self, pipeline: Any, number: int, real: RealClip) -> MadeClip:
+        seed = derive_seed(self._seed, "validation fvd", number)
+        request = Request(f"fvd{number:04d}", real.caption, {0: real.frames[0]}, len(real.frames), seed)
+        return make_clip(pipeline, request, self._steps)
 
 
 def fvd_weights(rdtf: RDTFSection) -> Path | None:

@@ -9,7 +9,7 @@ import html
 import os
 import random
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,20 @@ import gradio as gr  # noqa: E402
 
 from rdtf_ds.errors import UserError  # noqa: E402
 from rdtf_ds.generation.jobs import Job  # noqa: E402
-from rdtf_ds.pipeline import MIN_FRAMES  # noqa: E402
 from rdtf_ds.samplers import SAMPLERS, sampler_name  # noqa: E402
-from rdtf_ds.web.slots import Preset, hint, require, slot_name  # noqa: E402
-from rdtf_ds.web.studio import Made, Studio, open_upload  # noqa: E402
+from rdtf_ds.web.form import (  # noqa: E402
+    FRAME_MS,
+    FRAMES,
+    IMAGE_SCALE,
+    LONGEST_CAPTION,
+    SEED,
+    STEPS,
+    TEXT_SCALE,
+    job_of,
+    limits,
+)
+from rdtf_ds.web.slots import Preset, hint, slot_name  # noqa: E402
+from rdtf_ds.web.studio import Made, Studio  # noqa: E402
 
 CSS = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 SEEDS = 2**31
@@ -34,14 +44,14 @@ QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibil
 
 def build(studio: Studio, title: str) -> gr.Blocks:
     """The page for a studio, not yet served; ``title`` stands above it."""
-    os.environ["GRADIO_TEMP_DIR"] = str(studio.folder / "uploads")  # the only door to where gradio keeps uploads
+    os.environ["GRADIO_TEMP_DIR"] = str(studio.uploads)  # the only door to where gradio keeps uploads
     config = studio.pipeline.config
     most = config.max_frames
     with gr.Blocks(title=title, analytics_enabled=False, fill_width=False) as page:
         gr.Markdown(f"# {html.escape(title)}\n{config.image_size} × {config.image_size} pixels, up to {most} frames.", elem_id="title")
         with gr.Row():
             with gr.Column(scale=3):
-                prompt = gr.Textbox(label="Caption", placeholder="a cat waves", lines=2, max_length=2000, elem_id="caption")
+                prompt = gr.Textbox(label="Caption", placeholder="a cat waves", lines=2, max_length=LONGEST_CAPTION, elem_id="caption")
                 task = gr.Radio([preset.value for preset in Preset], value=Preset.TEXT.value, label="Task", elem_id="task")
                 told = gr.Markdown(hint(Preset.TEXT, most), elem_id="hint")
                 with gr.Row(elem_id="slots"):
@@ -63,7 +73,8 @@ def build(studio: Studio, title: str) -> gr.Blocks:
             desk.make,
             values,
             [clip, file, notes],
-            preprocess=False,
+            preprocess=False,  # so nothing has been checked: job_of does
+            show_progress_on=[clip],  # nor is the notes' place covered after an error
             concurrency_limit=1,
             api_visibility="private",
         )
@@ -73,7 +84,7 @@ def build(studio: Studio, title: str) -> gr.Blocks:
 
 
 def _slot(number: int, num_frames: int) -> gr.Image:
-    return gr.Image(
+    slot = gr.Image(
         label=slot_name(number, Preset.TEXT, num_frames),
         sources=["upload"],
         image_mode=None,
@@ -84,24 +95,30 @@ def _slot(number: int, num_frames: int) -> gr.Image:
         elem_id=f"slot-{number}",
         elem_classes="slot",
     )
+    slot.async_move_resource_to_block_cache = _as_it_is  # type: ignore[method-assign, assignment]
+    return slot
+
+
+async def _as_it_is(path: str | Path | None) -> str | None:
+    """Instead of gradio's copying of a linked file and fetching of an address that a request made by hand may name."""
+    return None if path is None else str(path)
 
 
 def _settings(studio: Studio) -> list[gr.components.Component]:
     """Components in the order in which ``job_of`` takes their values."""
-    config = studio.pipeline.config
-    trained = studio.pipeline.scheduler.config.num_train_timesteps
+    config, within = studio.pipeline.config, limits(studio)
     with gr.Row():
-        num_frames = gr.Slider(MIN_FRAMES, config.max_frames, config.max_frames, step=1, label="Frames", elem_id="num-frames")
-        frame_ms = gr.Slider(20, 1000, config.frame_ms, step=10, label="Milliseconds a frame", elem_id="frame-ms")
-    with gr.Row(equal_height=True):
-        seed = gr.Number(0, label="Seed", info="the same seed and settings make the same clip", precision=0, minimum=0, elem_id="seed")
-        other = gr.Button("Another seed", elem_id="other-seed")
+        num_frames = gr.Slider(*within[FRAMES], config.max_frames, step=1, label=FRAMES, elem_id="num-frames")
+        frame_ms = gr.Slider(*within[FRAME_MS], config.frame_ms, step=10, label=FRAME_MS, elem_id="frame-ms")
+    with gr.Row(equal_height=False):
+        seed = gr.Number(0, label=SEED, info="the same seed and settings make the same clip", precision=0, minimum=0, elem_id="seed")
+        other = gr.Button("Another seed", scale=0, min_width=130, size="md", elem_id="other-seed")
     other.click(lambda: random.randrange(SEEDS), None, seed, **QUICK)
     with gr.Accordion("Sampling", open=False, elem_id="sampling"):
-        steps = gr.Slider(1, min(trained, 200), config.steps, step=1, label="Steps", elem_id="steps")
+        steps = gr.Slider(*within[STEPS], config.steps, step=1, label=STEPS, elem_id="steps")
         sampler = gr.Dropdown(list(SAMPLERS), value=sampler_name(studio.pipeline.scheduler), label="Sampler", elem_id="sampler")
-        text_scale = gr.Slider(0, 20, config.text_scale, step=0.1, label="Guidance by the caption", elem_id="text-scale")
-        image_scale = gr.Slider(0, 20, config.image_scale, step=0.1, label="Guidance by the pictures", elem_id="image-scale")
+        text_scale = gr.Slider(*within[TEXT_SCALE], config.text_scale, step=0.1, label=TEXT_SCALE, elem_id="text-scale")
+        image_scale = gr.Slider(*within[IMAGE_SCALE], config.image_scale, step=0.1, label=IMAGE_SCALE, elem_id="image-scale")
     return [num_frames, frame_ms, seed, steps, sampler, text_scale, image_scale]
 
 
@@ -133,7 +150,7 @@ class Desk:
             progress((done, steps), desc="Sampling")
 
         try:
-            job = job_of(*values)
+            job = job_of(self._studio, *values)
             made = self._studio.make(job, on_step)
         except UserError as error:
             raise gr.Error(html.escape(str(error)), duration=None, title="No clip", print_exception=False) from error
@@ -149,51 +166,6 @@ class Desk:
         running = self._running.get(request.session_hash)
         if running is not None:
             running.set()
-
-
-def job_of(
-    prompt: str,
-    task: str,
-    num_frames: float,
-    frame_ms: float,
-    seed: float | None,
-    steps: float,
-    sampler: str,
-    text_scale: float,
-    image_scale: float,
-    *uploads: Mapping[str, Any] | None,
-) -> Job:
-    """The values of the page, in its order and unprocessed, as a clip to make: a broken picture is our message and not gradio's.
-
-    Raises:
-        UserError: a field is empty, an upload is no picture, or the task wants other slots filled.
-    """
-    frames = whole("Frames", num_frames)
-    pictures = {number: open_upload(upload["path"], number) for number, upload in enumerate(uploads) if upload}
-    require(Preset(task), pictures, frames, prompt)
-    return Job(
-        name="sticker",
-        prompt=prompt if prompt.strip() else None,
-        pictures=pictures,
-        seed=whole("Seed", seed),
-        frames=frames,
-        steps=whole("Steps", steps),
-        sampler=sampler,
-        text_scale=text_scale,
-        image_scale=image_scale,
-        durations_ms=whole("Milliseconds a frame", frame_ms),
-    )
-
-
-def whole(name: str, value: float | None) -> int:
-    """A whole number of a field.
-
-    Raises:
-        UserError: the field is empty or holds a fraction.
-    """
-    if value is None or value != int(value):
-        raise UserError(f"{name} is {'empty' if value is None else value}. Write a whole number.")
-    return int(value)
 
 
 def _told(made: Made, job: Job) -> str:

@@ -20,6 +20,7 @@ from rdtf_ds.generation.pictures import open_picture
 from rdtf_ds.pipeline import RDTFPipeline
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+UPLOADED = {"_type": "gradio.FileData"}
 OnStep = Callable[[int, int], None]
 
 
@@ -47,6 +48,11 @@ class Studio:
     identity: Mapping[str, Any]
     _busy: threading.Lock = field(default_factory=threading.Lock)
     _made: int = 0
+
+    @property
+    def uploads(self) -> Path:
+        """Where the page keeps what is uploaded."""
+        return self.folder / "uploads"
 
     def make(self, job: Job, on_step: OnStep = lambda step, steps: None) -> Made:
         """Make one clip; who comes while another is made waits. ``on_step(done, all)`` is called after each sampling step.
@@ -108,16 +114,35 @@ def open_studio(model: Path, folder: Path, device: str = "auto", dtype: str = "a
     return Studio(pipeline, folder, {"model": model_hash(model)})
 
 
-def open_upload(path: str | Path, number: int) -> Image.Image:
+def open_upload(upload: Any, number: int, uploads: Path) -> Image.Image:
     """The picture that was uploaded into slot ``number``.
 
+    Args:
+        upload: what the browser sends back: a mapping with the ``path`` that the upload got, and gradio's mark in ``meta``.
+        uploads: the folder of all uploads. Nothing else is opened, nor is told whether it exists: a request can be made by hand.
+
     Raises:
-        UserError: it is no picture, a damaged one, or an animation. The message has the file's name, not where the server keeps it.
+        UserError: it was not uploaded, is no picture, a damaged one, or an animation. The message has the file's name, not where the
+            server keeps it.
     """
+    path = _uploaded(upload, uploads)
+    if path is None:
+        raise UserError(f"Frame {number}: its picture was not uploaded here. Choose the file again.")
     try:
-        return open_picture(Path(path))
+        return open_picture(path)
     except UserError as error:
-        raise UserError(f"Frame {number}: {error}".replace(str(path), Path(path).name)) from error
+        raise UserError(f"Frame {number}: {error}".replace(str(path), path.name)) from error
+
+
+def _uploaded(upload: Any, uploads: Path) -> Path | None:
+    """The file in ``uploads`` that a request names, links followed; None for anything else."""
+    if not isinstance(upload, Mapping) or upload.get("meta") != UPLOADED or not isinstance(upload.get("path"), str):
+        return None
+    try:
+        path = Path(upload["path"]).resolve(strict=True)
+    except (OSError, ValueError, RuntimeError):  # absent or too long; with a null byte; links in a circle
+        return None
+    return path if path.is_relative_to(uploads.resolve()) and path.is_file() else None
 
 
 def _transparent(picture: Image.Image) -> bool:

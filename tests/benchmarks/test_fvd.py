@@ -35,6 +35,8 @@ def test_sides_share_no_group_and_have_clips_that_are_long_enough(folder: Path) 
     assert not groups[0] & groups[1]
     assert all(index.rows[clip_id].kept == 6 for clip_id in first + second)
     assert fvd.two_sides(index, 8, 6) == (first, second)
+    for side, of in zip((first, second), groups, strict=True):
+        assert len(of) == 4 and len({index.rows[clip_id].group for clip_id in side[:4]}) == 4, "one of each group before a second"
     with pytest.raises(UserError, match="24 clips of at least 6 frames are needed"):
         fvd.two_sides(index, 12, 6)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import multiprocessing
 import os
 import signal
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import rdtf_ds.evaluation.clip_making as clip_making
 from rdtf_ds.data.clips.clip import DecodeLimits
 from rdtf_ds.data.clips.metadata import read_metadata
 from rdtf_ds.data.indexing.index import ClipIndex
@@ -80,6 +82,22 @@ def test_real_clips_are_as_the_model_would_see_them(making: Making, index: ClipI
         assert frames[:, 0, 0, 0].tolist() == [10 * frame for frame in clip.shown]
         note = read_metadata(making.path(REAL, clip))
         assert note is not None and (note["real"], note["caption"]) == (clip.path, clip.caption)
+
+
+def test_what_cannot_be_written_is_told(making: Making, index: ClipIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "other").mkdir()
+    other = dataclasses.replace(making, folder=tmp_path / "other")
+    (other.folder / REAL).write_text("a file")
+    with pytest.raises(UserError, match=r"other/real/0\.png' cannot be written: .*start again: what is made is kept"):
+        write_real(other, index)
+    (other.folder / REAL).unlink()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(clip_making, "write_clip", full)
+    with pytest.raises(UserError, match=r"cannot be written: No space left on device\. See to the room"):
+        write_real(other, index)
 
 
 def test_clips_are_made_of_the_given_frames_and_the_caption(making: Making) -> None:

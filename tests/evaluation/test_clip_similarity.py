@@ -98,6 +98,12 @@ def test_frames_of_any_size_are_fitted(folder: Path) -> None:
     assert one.plain == pytest.approx(other.plain, abs=1e-6)
 
 
+def test_a_folder_is_told_by_its_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ClipScorer(str(folder)).source == folder.name
+    monkeypatch.chdir(folder)
+    assert ClipScorer(".").source == folder.name
+
+
 def test_its_own_preprocessing_is_taken(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "other")
     plain = ClipScorer(str(folder)).score(clips(1), ["a"]).plain

@@ -52,6 +52,20 @@ def test_samples_and_their_moments_agree() -> None:
     assert frechet_distance(Normal.of_samples(x), Normal.of_samples(y)) == pytest.approx(frechet_distance(*moments), rel=1e-9)
 
 
+def test_more_samples_than_dimensions_are_kept_as_no_more_rows_than_these() -> None:
+    rng = np.random.default_rng(5)
+    x, y = rng.normal(3, 2, size=(500, 40)) @ rng.normal(size=(40, 40)), rng.normal(size=(41, 40))
+    for samples in (x, y):
+        found = Normal.of_samples(samples)
+        expected = np.cov(samples, rowvar=False)
+        assert found.factor.shape == (40, 40) and np.allclose(found.mean, samples.mean(axis=0), rtol=1e-12)
+        assert np.abs(found.factor.T @ found.factor - expected).max() <= 1e-9 * np.abs(expected).max()
+    thin = (x - x.mean(axis=0)) / np.sqrt(499)
+    distance = frechet_distance(Normal.of_samples(x), Normal.of_samples(y))
+    assert distance == pytest.approx(frechet_distance(Normal(x.mean(axis=0), thin), Normal.of_samples(y)), rel=1e-9)
+    assert Normal.of_samples(x[:40]).factor.shape == (40, 40) and Normal.of_samples(x[:7]).factor.shape == (7, 40)
+
+
 def test_nothing_between_equal_sets_even_with_fewer_samples_than_dimensions() -> None:
     x = np.random.default_rng(1).normal(size=(10, 400)) * 30
     same = Normal.of_samples(x)

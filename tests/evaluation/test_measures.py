@@ -11,14 +11,14 @@ import pytest
 import rdtf_ds.evaluation.measures as measures
 from rdtf_ds.errors import UserError
 from rdtf_ds.evaluation.clip_similarity import Similarity
-from rdtf_ds.evaluation.frechet import Normal, extrapolate, frechet_distance
+from rdtf_ds.evaluation.fast_vqa_weights import REMEDY
+from rdtf_ds.evaluation.frechet import Extrapolation, Normal, frechet_distance
 from rdtf_ds.evaluation.i3d_weights import WeightsNotFound
-from rdtf_ds.evaluation.measures import DRAWS, Instruments, Measures, against_others, distances, load_instruments
+from rdtf_ds.evaluation.measures import DRAWS, Instruments, Measures, against_others, distances, limit_against_others, load_instruments
 from rdtf_ds.evaluation.protocol import make_tasks
-from rdtf_ds.seeding import numpy_generator
 
 I2V, INTERPOLATION = make_tasks(["i2v", "interpolation"], 4)
-COUNT = 10
+COUNT = 16
 
 
 class Features:
@@ -69,7 +69,7 @@ def test_each_measure_stands_beside_that_of_the_real_clips() -> None:
     found, rows = table_of(all_tools())
     real, made = np.mean(clips(0)) / 255, np.mean(clips(1)) / 255
     assert list(rows) == [
-        "FVD, N = 10", "FVD, as N grows without end", "FVD, 5 against 5 others", "VQA",
+        "FVD, N = 16", "FVD, as N grows without end", "FVD, 8 against 8 others", "VQA",
         "CLIP, share of its own among 2 captions", "CLIP, own caption first of 2", "CLIP, mean cosine",
     ]  # fmt: skip
     assert (rows["VQA"].model, rows["VQA"].real) == pytest.approx((made, real)) and rows["VQA"].paper == 0.502
@@ -89,7 +89,7 @@ def test_distances_are_of_all_clips_of_endlessly_many_and_of_halves() -> None:
     whole, limit, halves = list(rows.values())[:3]
     assert whole.model == frechet_distance(Normal.of_samples(real), Normal.of_samples(made))
     assert (whole.real, whole.paper, whole.spread) == (None, 442.18, None)
-    assert limit.model == extrapolate(real, made, numpy_generator("fvd draws", COUNT)).limit and limit.paper is None
+    assert (limit.model, limit.real) == (limit_against_others(real, made), limit_against_others(real, real)) and limit.paper is None
     assert halves.model == against_others(real, made)[0] and halves.real == against_others(real, real)[0]
     assert halves.spread == (against_others(real, made)[1], against_others(real, real)[1]) and halves.paper is None
 
@@ -114,13 +114,41 @@ def test_halves_share_no_clip_and_are_the_same_for_both() -> None:
     assert (mean, deviation) == (pytest.approx((DRAWS + 1) / 2), pytest.approx(np.std(np.arange(1, DRAWS + 1))))
 
 
+def test_the_limit_is_that_of_halves_that_share_no_clip() -> None:
+    real = np.arange(34.0).reshape(17, 2)
+    asked = []
+
+    def keep(one: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> Extrapolation:
+        asked.append((one, other, rng.integers(2**60)))
+        return Extrapolation((), (), (), 7.0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measures, "extrapolate", keep)
+        assert limit_against_others(real, real) == limit_against_others(real, real + 100) == 7.0
+    (one, other, drawn), (again, made, drawn_again) = asked
+    assert len(one) == len(other) == 8 and not set(one[:, 0]) & set(other[:, 0]) and drawn == drawn_again
+    assert np.array_equal(again, one) and np.array_equal(made - 100, other)
+    assert not np.array_equal(np.sort(one, axis=0), real[:8]), "halves are drawn"
+
+
+def test_clips_that_are_nearly_the_real_ones_end_where_real_ones_end() -> None:
+    # The true distance is 0; sets whose rows belong together, drawn each for itself, would end at about -0.6 of what N shows.
+    rng = np.random.default_rng(0)
+    real = rng.normal(size=(400, 20))
+    _, limit, halves = distances(real, real + 0.01 * rng.normal(size=real.shape))
+    assert halves.model is not None and limit.model is not None and limit.real is not None
+    assert abs(limit.model) < 0.25 * halves.model and limit.model == pytest.approx(limit.real, abs=0.02 * halves.model)
+    assert distances(real, real + 3)[1].model == pytest.approx(20 * 9, rel=0.1)
+
+
 def test_clips_that_are_the_real_ones_have_no_distance_but_that_of_others() -> None:
     real = Features()(clips(0, 40))
     whole, limit, halves = distances(real, real)
     assert whole.model == pytest.approx(0, abs=1e-6) and halves.model == halves.real and halves.model > 1
+    assert limit.model == limit.real
 
 
-@pytest.mark.parametrize(("count", "rows"), [(1, 1), (2, 1), (3, 1), (4, 2), (7, 2), (8, 3)])
+@pytest.mark.parametrize(("count", "rows"), [(1, 1), (2, 1), (3, 1), (4, 2), (15, 2), (16, 3)])
 def test_few_clips_have_fewer_rows(count: int, rows: int) -> None:
     found = distances(*np.random.default_rng(0).random((2, count, 3)), paper=9.0)
     assert len(found) == rows and found[0].paper == 9.0
@@ -131,7 +159,7 @@ def test_few_clips_have_fewer_rows(count: int, rows: int) -> None:
 def test_the_papers_second_table_has_no_similarity() -> None:
     _, rows = table_of(all_tools(), INTERPOLATION)
     assert not any(row.measure == "CLIP" for row in rows.values()) and rows["VQA"].paper == 0.536
-    assert rows["FVD, N = 10"].paper == 192.62
+    assert rows["FVD, N = 16"].paper == 192.62
 
 
 def test_without_captions_similarity_is_told_to_be_missing() -> None:
@@ -170,7 +198,8 @@ def test_nothing_named_and_nothing_installed(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(measures, "VideoFeatures", absent)
     missing = load_instruments(None, None, None).missing()
     assert missing["FVD"] == "pip install something"
-    assert "--vqa_weights FAST_VQA_B_1_4.pth" in missing["VQA"] and "VQAssessment/FAST-VQA-and-FasterVQA" in missing["VQA"]
+    assert "none are named by --vqa_weights" in missing["VQA"] and missing["VQA"].endswith(REMEDY)
+    assert "FAST_VQA_B_1_4.pth" in REMEDY and "VQAssessment/FAST-VQA-and-FasterVQA" in REMEDY
     assert "--clip FOLDER" in missing["CLIP"] and "openai/clip-vit-base-patch32" in missing["CLIP"]
 
 

@@ -64,7 +64,8 @@ def test_the_seed_draws_and_fewer_are_the_first(index: ClipIndex) -> None:
     few = choose_clips(index, "all", 8, 7, seed=0)
     assert [(clip.path, clip.seed) for clip in few.clips] == [(clip.path, clip.seed) for clip in whole.clips[:7]] and few.of == 36
     assert len({whole.fingerprint, other.fingerprint, few.fingerprint}) == 3 and len(whole.fingerprint) == 16
-    assert [clip.name for clip in few.clips] == list("0123456") and [clip.name for clip in whole.clips[:2]] == ["000", "001"]
+    assert [clip.name for clip in few.clips] == list("0123456") and [clip.name for clip in whole.clips[:2]] == ["00", "01"]
+    assert whole == choose_clips(index, "all", 8, 36, seed=0) == choose_clips(index, "all", 8, 5000, seed=0), "files hang on the set alone"
 
 
 def test_the_fingerprint_hangs_on_captions_and_frames(folder: Path, tmp_path: Path) -> None:

@@ -318,6 +318,22 @@ def test_a_disk_that_fills_up_leaves_nothing_half_written(run, tmp_path, limit):
     assert not any(tmp_path.iterdir())
 
 
+def test_what_killed_exports_left_is_removed(run, tmp_path, capsys):
+    """Of this folder's exports, and only of those that have ended."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    alive = os.getppid()
+    names = [f".out.{number}.partial" for number in (ended.pid, os.getpid(), alive, 1)] + [
+        ".out.x.partial",
+        ".other.999.partial",
+        ".out.-1.partial",
+    ]
+    for name in names:
+        (tmp_path / name / "unet").mkdir(parents=True)
+    export(run, tmp_path / "out", "master")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", *names[2:]}
+    said = capsys.readouterr().err
+    assert said.count("Removed ") == 2 and f"Removed '{tmp_path / names[0]}', which an export that was killed had left." in said
 
 
 def test_out_must_be_free(run, tmp_path):

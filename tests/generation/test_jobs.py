@@ -67,7 +67,7 @@ def test_good_jobs_pass() -> None:
         ({"sampler": "euler"}, "ddim, dpm\\+\\+, unipc"),
         ({"text_scale": float("nan")}, "text_scale"),
         ({"durations_ms": [100, 100]}, "2 numbers"),
-        ({"durations_ms": 5}, "10 or more"),
+        ({"durations_ms": 5}, "10 to 65535 whole"),
         ({"prompt": " "}, "nothing to go by"),
         ({"pictures": {8: RED}}, "numbered 0 to 7"),
         ({"pictures": {number: RED for number in range(8)}}, "none is left"),
@@ -80,6 +80,11 @@ def test_good_jobs_pass() -> None:
         ({"name": ""}, "no name for a file"),
         ({"name": "a\n"}, "no name for a file"),
         ({"name": "漢" * 67}, "longer than 200 bytes"),
+        ({"name": "a\ud800"}, r"the name 'a\\ud800' has '\\ud800' at character 1"),
+        ({"prompt": "a star \udc99"}, r"the prompt .* has '\\udc99' at character 7"),
+        ({"text_scale": 10**400}, "too large"),
+        ({"eta": 10**400}, "too large"),
+        ({"durations_ms": 65536}, "10 to 65535 whole"),
     ],
 )
 def test_each_mistake_is_told(change: dict, told: str) -> None:
@@ -114,6 +119,15 @@ def test_of_many_mistakes_twenty_are_told() -> None:
         refuse([f"mistake {number}" for number in range(23)])
     assert len(str(caught.value).splitlines()) == 22 and "and 3 more" in str(caught.value)
     refuse([])
+
+
+def test_a_picture_of_too_many_pixels_is_not_decoded(tmp_path):
+    """41 megapixels in a file of a few kilobytes."""
+    Image.new("1", (8200, 5000)).save(tmp_path / "large.png")
+    with pytest.raises(UserError, match="large.png' has 8200 x 5000 pixels; save it with 40 million at most"):
+        open_picture(tmp_path / "large.png")
+    Image.new("1", (8000, 5000)).save(tmp_path / "large.png")
+    assert open_picture(tmp_path / "large.png").size == (8000, 5000)
 
 
 def test_pictures_open_upright_and_still(tmp_path: Path) -> None:

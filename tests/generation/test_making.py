@@ -150,6 +150,17 @@ def test_nothing_is_made_when_one_job_is_wrong(tmp_path: Path) -> None:
     assert pipeline.calls == [] and not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("suffix", [".gif", ".mp4", ".webm"])
+def test_a_clip_cut_short_does_not_count_as_there(tmp_path: Path, suffix: str) -> None:
+    make(JOBS[:1], tmp_path, suffix=suffix)
+    path = tmp_path / f"clip0{suffix}"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-40])
+    with pytest.raises(UserError, match="cut short"):
+        make(JOBS[:1], tmp_path, suffix=suffix)
+    assert len(make(JOBS[:1], tmp_path, suffix=suffix, overwrite=True).made) == 1 and path.read_bytes() == whole
+
+
 def test_a_file_in_the_folders_place_is_told(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"")
     with pytest.raises(UserError, match="x' is a file"):

@@ -70,12 +70,27 @@ def test_pictures_of_the_command_serve_lines_without_their_own(tmp_path: Path) -
         ('{"pictures": {"0": "/etc/a.png"}}', "outside of the folder"),
         ('{"pictures": {"0": "link/a.png"}}', "outside of the folder"),
         ('{"durations_ms": [1.5]}', "durations_ms"),
+        ('{"prompt": "a\\ud800"}', "half of a surrogate pair"),
+        ('{"prompt": "a", "name": "\\udfff"}', "half of a surrogate pair"),
+        ('{"pictures": {"0": "\\ud800.png"}}', "half of a surrogate pair"),
+        ('{"pictures": {"0": "a\\u0000.png"}}', "is no name of a file"),
+        ('{"pictures": {"0": "circle/a.png"}}', "is no name of a file"),
+        ("[" * 100_000, "no JSON"),
+        ('{"seed": ' + "[" * 100_000, "no JSON"),
+        ('{"pictures": {"%s": "a.png"}}' % ("1" * 5000), "files by frame number"),
+        ('{"image_scale": 1%s}' % ("0" * 400), "give a number"),
+        ('{"image_scale": 1%s}' % ("0" * 5000), "no JSON"),
+        ('{"eta": 1e999}', "give a number from 0 to 1"),
+        ('{"pictures": {"0": "a.png", "00": "b.png"}}', "a frame stands there twice"),
+        ('{"pictures": {"0": "a.png", "0": "b.png"}}', "'0' stands there twice"),
+        ('{"prompt": "a", "seed": 1, "prompt": "b"}', "'prompt' stands there twice"),
         ('{"text_scale": 1}', "it has its own text_scale, but --grid varies it"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path: Path, line: str, told: str) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "link").symlink_to(tmp_path)
+    (tmp_path / "in" / "circle").symlink_to("circle")
     path = write(tmp_path / "in", "p.jsonl", f'{{"prompt": "good"}}\n\n{line}\n')
     with pytest.raises(UserError) as caught:
         read_prompts(path, settled={"text_scale": "--grid varies it"})
@@ -90,6 +105,31 @@ def test_all_wrong_lines_at_once(tmp_path: Path) -> None:
     assert lines[0] == "3 things are wrong:"
     assert [line.split(":")[0].strip() for line in lines[1:]] == [f"p.csv, line {number}" for number in (3, 4, 5)]
     assert "the name 'x' is that of line 2 too" in lines[2] and "more cells than the 3 columns" in lines[3]
+
+
+@pytest.mark.parametrize(
+    ("column", "cell", "told"),
+    [
+        ("pictures", "0=a.png;0=b.png", "'0' stands there twice"),
+        ("pictures", "0=a.png;00=b.png", "a frame stands there twice"),
+        ("pictures", "0=a\0.png", "is no name of a file"),
+        ("pictures", "1" * 5000 + "=a.png", "files by frame number"),
+        ("seed", "[" * 100_000, "give a whole number"),
+        ("seed", "1" * 5000, "give a whole number"),
+        ("text_scale", "1" * 400, "give a number"),
+    ],
+)
+def test_a_wrong_cell_is_named_and_the_next_lines_are_read(tmp_path: Path, column: str, cell: str, told: str) -> None:
+    path = write(tmp_path, "p.csv", f"prompt,{column}\na,\nb,{cell}\nc,one\n")
+    with pytest.raises(UserError) as caught:
+        read_prompts(path)
+    _, third, fourth = str(caught.value).splitlines()
+    assert third.startswith("  p.csv, line 3: ") and told in third and fourth.startswith("  p.csv, line 4: ")
+
+
+def test_a_column_stands_there_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="p.csv, line 1: the column 'prompt' stands there twice"):
+        read_prompts(write(tmp_path, "p.csv", "prompt,seed, prompt\na,1,b\n"))
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:

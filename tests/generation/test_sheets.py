@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from rdtf_ds.data.clips.writing import PAPER, wrap, write_clip
+from rdtf_ds.errors import UserError
 from rdtf_ds.generation.jobs import Job
 from rdtf_ds.generation.sheets import MOST_CLIPS, Shown, labels, playing_sheet, write_sheets
 
@@ -58,6 +59,32 @@ def test_a_wide_sheet_has_smaller_clips_and_never_tiny_ones() -> None:
     assert play(playing_sheet([large], 1))[0][0].shape == (256 + 45 + 6 + 6, 256 + 12, 3)
     assert play(playing_sheet([large] * 8, 8))[0][0].shape[1] == 8 * (194 + 6) + 6
     assert play(playing_sheet([large] * 40, 40))[0][0].shape[1] == 40 * 102 + 6
+
+
+@pytest.mark.parametrize(
+    ("count", "side", "columns", "shown", "across"),
+    [
+        (170, 96, 170, 96, 160),  # 160 * (96 + 6) + 6 = 16326
+        (170, 96, 1, 45, 1),  # 170 * (45 + 51) + 6 = 16326
+        (64, 256, 1, 204, 1),  # 64 * (204 + 51) + 6 = 16326
+        (64, 256, 64, 96, 64),
+        (3, 96, 170, 96, 3),
+    ],
+)
+def test_no_sheet_is_larger_than_webp_can_be(count: int, side: int, columns: int, shown: int, across: int) -> None:
+    (sheet,), _ = play(playing_sheet([Shown(flat(RED, side=side), [100], "")] * count, columns))
+    assert sheet.shape == (-(-count // across) * (shown + 51) + 6, across * (shown + 6) + 6, 3) and max(sheet.shape) <= 16383
+    reds = (np.abs(sheet.astype(np.int16) - np.array(RED, np.int16)).max(axis=2) < 40).sum()
+    assert abs(reds / (count * shown**2) - 1) < 0.1  # all of the clips are on it
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_sheets_that_cannot_be_written_are_told(tmp_path: Path, missing: bool) -> None:
+    write_clip(flat(RED, side=4), tmp_path / "a.png", 100)
+    (tmp_path / "file").write_bytes(b"")
+    files = [tmp_path / ("absent.png" if missing else "a.png")]
+    with pytest.raises(UserError, match="cannot be written: .* The clips that were made stay"):
+        write_sheets([Job("a")], files, tmp_path / ("s" if missing else "file/s"))
 
 
 def test_labels_tell_what_is_not_the_same() -> None:

@@ -19,6 +19,8 @@ import torch
 from transformers import CLIPConfig, CLIPModel
 
 import rdtf_ds.evaluation.measures as measures
+from rdtf_ds import __version__
+from rdtf_ds.data.clips.metadata import read_metadata
 from rdtf_ds.data.clips.writing import write_clip
 from rdtf_ds.data.synthetic import all_stickers, render
 from rdtf_ds.evaluation.i3d_weights import WeightsNotFound
@@ -29,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EVIL = "</script><script>document.title = 'owned'</script><img src=x onerror=\"document.title = 'owned'\">"
 QUICK = ("--steps", "1", "--frames", "4", "--threads", "1", "--batch", "3")
+MANY_STEPS = ("--steps", "8")
 
 
 class PixelFeatures:
@@ -105,12 +108,15 @@ def asked(place: Path, out: Path, *more: str | Path) -> list[str]:
     return ["--model", str(place / "model"), "--data", str(place / "clips"), "--out", str(out), *QUICK, *map(str, more)]
 
 
+def weights(place: Path) -> tuple[str | Path, ...]:
+    return ("--fvd_weights", place / "i3d.ckpt", "--vqa_weights", place / "vqa.pth", "--clip", place / "clip")
+
+
 @pytest.fixture(scope="module")
 def done(tool, place, tmp_path_factory) -> Path:
     """An evaluation with all measures."""
     out = tmp_path_factory.mktemp("done") / "eval"
-    weights = ("--fvd_weights", place / "i3d.ckpt", "--vqa_weights", place / "vqa.pth", "--clip", place / "clip")
-    assert tool.main(asked(place, out, *weights)) == 0
+    assert tool.main(asked(place, out, *MANY_STEPS, *weights(place))) == 0
     return out
 
 
@@ -121,14 +127,17 @@ def told(folder: Path) -> dict[str, bytes]:
     return {"json": json.dumps(tables).encode()} | {name: (folder / name).read_bytes() for name in ("tables.md", "page.html")}
 
 
-def test_all_three_tables_with_every_measure(done) -> None:
+def test_all_three_tables_with_every_measure(place, done) -> None:
     found = json.loads((done / "tables.json").read_text())
     assert [table["table"] for table in found["tables"]] == ["Table 1", "Table 2, left", "Table 2, right"]
     measured = [[figure["measure"] for figure in table["figures"]] for table in found["tables"]]
-    assert measured == [["FVD"] * 3 + ["VQA"] + ["CLIP"] * 3] + [["FVD"] * 3 + ["VQA"]] * 2
+    assert measured == [["FVD"] * 2 + ["VQA"] + ["CLIP"] * 3] + [["FVD"] * 2 + ["VQA"]] * 2
     assert all(figure["model"] is not None for table in found["tables"] for figure in table["figures"]) and found["missing"] == {}
     assert (found["test_set"]["clips"], found["test_set"]["too_short"], found["test_set"]["held_out"]) == (9, 1, False)
-    assert found["settings"]["steps"] == 1
+    assert (found["settings"]["steps"], found["settings"]["rdtf_ds"]) == (8, __version__)
+    assert found["variants"]["CLIP"].startswith("clip; ") and all(str(place) not in text.decode() for text in told(done).values())
+    note = read_metadata(done / "i2v" / "0.png")
+    assert note is not None and (note["dtype"], note["rdtf_ds"], note["model"]) == ("float32", __version__, found["settings"]["model"])
     assert found["settings"]["visible"] == {"i2v": "1000", "interpolation": "0101", "prediction": "1110"}
     text = (done / "tables.md").read_text()
     assert "## Picture and text to clip (Table 1)" in text and "not held out: the model may have been trained on them" in text
@@ -140,7 +149,8 @@ def test_what_is_missing_is_marked_and_it_is_twice_the_same(tool, place, tmp_pat
     assert tool.main(asked(place, tmp_path / "one")) == 0
     said = capsys.readouterr().out
     assert said.count("| FVD ↓ | — | — |") == 3 == said.count("| VQA ↑ | — | — |") and said.count("| CLIP ↑ | — | — | 0.376 |") == 1
-    assert "pip install i3d\\_jax" in said and "--vqa\\_weights FAST\\_VQA\\_B\\_1\\_4.pth" in said and "--clip FOLDER" in said
+    assert "pip install i3d\\_jax" in said and "--clip FOLDER" in said
+    assert "none are named by --vqa\\_weights. The file is FAST\\_VQA\\_B\\_1\\_4.pth" in said
     assert "27 clips made, 0 were there" in said and "Table 2, right" in said
     assert tool.main(asked(place, tmp_path / "two")) == 0
     assert told(tmp_path / "one") == told(tmp_path / "two")
@@ -150,6 +160,19 @@ def test_what_is_missing_is_marked_and_it_is_twice_the_same(tool, place, tmp_pat
     found = json.loads(capsys.readouterr().out)
     assert (found["timing"]["clips made"], found["timing"]["clips kept"]) == (0, 27) and told(tmp_path / "one") == told(tmp_path / "two")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")} == before
+
+
+def test_a_folder_that_is_a_file_is_told(tool, place, tmp_path, capsys) -> None:
+    out = tmp_path / "eval"
+    out.mkdir()
+    (out / "real").write_text("a file")
+    assert tool.main(asked(place, out, "--clips", "1")) == 2
+    error = capsys.readouterr().err
+    assert "real/0.png' cannot be written" in error and "start again" in error and "Traceback" not in error
+    (out / "real").unlink()
+    (out / "page.html").mkdir()
+    assert tool.main(asked(place, out, "--clips", "1", "--tasks", "i2v", "--batch", "2")) == 2, "another batch: no clip was made"
+    assert "page.html' cannot be written: Is a directory" in capsys.readouterr().err
 
 
 def test_tasks_may_join_and_settings_may_not_change(tool, place, tmp_path, capsys) -> None:
@@ -206,8 +229,7 @@ def test_bad_input_is_one_paragraph(tool, place, tmp_path, capsys, more, said) -
 
 
 def test_one_clip_is_enough_for_all_but_fvd(tool, place, tmp_path, capsys) -> None:
-    weights = ("--fvd_weights", place / "i3d.ckpt", "--vqa_weights", place / "vqa.pth", "--clip", place / "clip")
-    assert tool.main(asked(place, tmp_path / "eval", "--clips", "1", *weights)) == 0
+    assert tool.main(asked(place, tmp_path / "eval", "--clips", "1", *weights(place))) == 0
     said = capsys.readouterr().out
     assert "one clip is not enough" in said and said.count("| FVD ↓ | — | — |") == 3 and "| VQA ↑ | — " not in said
 
@@ -231,34 +253,32 @@ def test_only_one_evaluation_writes_at_a_time(tool, place, tmp_path, capsys) -> 
     assert "another evaluation is writing there" in capsys.readouterr().err
 
 
-def test_killed_in_the_middle_it_goes_on_and_several_processes_tell_the_same(tool, place, tmp_path) -> None:
-    assert tool.main(asked(place, tmp_path / "whole")) == 0
-    command = [sys.executable, str(ROOT / "tools" / "evaluate.py"), *asked(place, tmp_path / "killed", "--processes", "2")]
+def test_killed_in_the_middle_it_goes_on_and_several_processes_tell_the_same(tool, place, done, tmp_path, capsys) -> None:
+    out = tmp_path / "killed"
+    command = [sys.executable, str(ROOT / "tools" / "evaluate.py"), *asked(place, out, *MANY_STEPS, "--processes", "2")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "EVALUATED": str(tmp_path)}
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
-    tasks = ("i2v", "interpolation", "prediction")
-    until = time.monotonic() + 120
-    made: list[Path] = []
-    while not made and child.poll() is None and time.monotonic() < until:
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    until = time.monotonic() + 240
+    while not made_clips(out) and child.poll() is None and time.monotonic() < until:
         time.sleep(0.01)
-        made = [path for task in tasks for path in (tmp_path / "killed" / task).glob("[0-9]*.png")]
     child.send_signal(signal.SIGKILL)
-    child.communicate()
-    assert child.returncode == -signal.SIGKILL and made and not (tmp_path / "killed" / "tables.md").exists()
+    assert child.wait() == -signal.SIGKILL and not (out / "tables.md").exists()
     until = time.monotonic() + 30
     while _processes_with(str(tmp_path)) and time.monotonic() < until:
         time.sleep(0.05)
     assert _processes_with(str(tmp_path)) == 0, "its children end with it"
-    kept = {path: path.stat().st_mtime_ns for task in tasks for path in (tmp_path / "killed" / task).glob("[0-9]*.png")}
+    kept = {path: path.stat().st_mtime_ns for path in made_clips(out)}
     assert 0 < len(kept) < 27
-    again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
-    assert again.returncode == 0, again.stderr
-    assert "clips made" in again.stdout and all(path.stat().st_mtime_ns == moment for path, moment in kept.items())
-    mine, theirs = told(tmp_path / "killed"), told(tmp_path / "whole")
-    clips = [{path.relative_to(folder): path.read_bytes() for task in (*tasks, "real") for path in (folder / task).glob("*.png")}
-             for folder in (tmp_path / "killed", tmp_path / "whole")]  # fmt: skip
+    assert tool.main(asked(place, out, *MANY_STEPS, *weights(place))) == 0
+    assert "0 clips made" not in capsys.readouterr().out and all(path.stat().st_mtime_ns == moment for path, moment in kept.items())
+    assert told(out) == told(done)
+    clips = [{path.relative_to(folder): path.read_bytes() for path in (*made_clips(folder), *(folder / "real").glob("*.png"))}
+             for folder in (out, done)]  # fmt: skip
     assert len(clips[0]) == 36 and clips[0] == clips[1]
-    assert mine["page.html"].count(b"url(data:") == theirs["page.html"].count(b"url(data:") == 36
+
+
+def made_clips(folder: Path) -> list[Path]:
+    return [path for task in ("i2v", "interpolation", "prediction") for path in (folder / task).glob("[0-9]*.png")]
 
 
 def _processes_with(mark: str) -> int:

@@ -116,6 +116,7 @@ def test_the_old_flags_number_clips_and_write_over(generate, model, tmp_path):
             ("--prompt", "a", "--out_dir", "{tmp}", "--seeds", "1,b", "--duration_ms", "x", "--frame", "a.png"),
             ["--seeds 1,b", "--duration_ms x", "N=PICTURE"],
         ),
+        (("--out_dir", "{tmp}", "--frame", "1" * 5000 + "=a.png"), ["N=PICTURE"]),
         (("--prompt", "a", "--out_dir", "{tmp}", "--seeds", "1,1"), ["name one twice"]),
         (("--prompt", "a", "--out_dir", "{tmp}", "--grid", "steps=1,2", "--steps", "3"), ["leave one of them out"]),
         (("--prompt", "a", "--out_dir", "{tmp}", "--grid", "steps=0,2000"), ["steps0'", "steps2000'", "1 to 1000"]),
@@ -131,6 +132,31 @@ def test_mistakes_are_told_together_before_the_model_is_loaded(generate, model, 
     code, out, err = generate("--model", model, *(argument.format(tmp=tmp_path) for argument in arguments))
     assert code == 2 and out == "" and all(one in err for one in told), err
     assert [path.name for path in tmp_path.iterdir()] == ["small.png"]
+
+
+def test_no_clip_takes_the_name_of_the_sheets(generate, model, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "name": "Contact_sheet"}\n')
+    code, out, err = generate("--model", model, "--prompts", tmp_path / "p.jsonl", "--out_dir", tmp_path / "out", "--suffix", ".png")
+    assert code == 2 and out == "" and "p.jsonl, line 2: the name 'Contact_sheet' is that of the sheets" in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("full", ["a-star_s1.png", "contact_sheet.png", "contact_sheet.webp"])
+def test_a_full_disk_keeps_what_was_made(generate, model, tmp_path, monkeypatch, full):
+    def write_bytes(self, data):
+        with self.open("wb") as file:
+            file.write(data[:10] if full in self.name else data)
+        if full in self.name:
+            raise OSError(28, "No space left on device")
+
+    common = ("--model", model, "--prompt", "a star", "--frames", 2, "--out_dir", tmp_path, "--seeds", "0,1", "--suffix", ".png", "--sheet")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", write_bytes)
+        code, out, err = generate(*common)
+    assert code == 2 and out == "" and err.splitlines()[-1].startswith(("'", "the sheets '")) and "No space left on device. " in err
+    written = ["a-star_s0.png", "a-star_s1.png", "contact_sheet.png", "contact_sheet.webp"]
+    assert sorted(contents(tmp_path)) == written[: written.index(full)]
+    assert generate(*common)[0] == 0 and sorted(contents(tmp_path)) == written
 
 
 def test_a_line_of_the_file_is_named(generate, model, tmp_path):

@@ -126,7 +126,7 @@ def test_validation_is_about_held_out_clips_if_there_are_any(process_group, tiny
 def test_an_index_and_a_cache_have_a_folder_each(tiny, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path)
     cached = ("rdtf.memory.encoders=cached", f"rdtf.memory.cache_dir={tmp_path / 'a'}")
-    with pytest.raises(UserError, match="rdtf.data.index_dir and rdtf.memory.cache_dir are both"):
+    with pytest.raises(UserError, match="rdtf.data.index_dir and rdtf.memory.cache_dir are one folder"):
         make_index(tiny(*cached, f"rdtf.data.index_dir={tmp_path / 'link' / 'a'}").rdtf, tmp_path / "run", CPU)
     assert not (tmp_path / "a").exists()
     within = tiny(*cached, f"rdtf.data.index_dir={tmp_path / 'a' / 'index'}").rdtf

@@ -75,14 +75,14 @@ class Log:
 
 
 class Pipeline:
-    """Takes 2 s a clip; ``broken`` prompts fail with what they map to."""
+    """Takes 2 s a clip; ``broken`` prompts fail with what they map to, after half a second."""
 
     def __init__(self, clock, broken):
         self.clock, self.broken, self.asked = clock, broken, []
 
     def __call__(self, prompt, *, frames, num_frames, num_inference_steps, seeds):
         self.asked.append(prompt)
-        self.clock.work(2.0)
+        self.clock.work(0.5 if prompt in self.broken else 2.0)
         if prompt in self.broken:
             raise self.broken[prompt]
         return SimpleNamespace(frames=np.full((1, num_frames, 4, 4, 3), 7, np.uint8), durations_ms=[[50] * num_frames])
@@ -110,7 +110,7 @@ class Losses:
 
 
 class FVD:
-    """30 s, and 5 s for real features the first time."""
+    """30 s, and 5 s for real features the first time; one of its clips takes 3 s."""
 
     def __init__(self, clock, rank, fails=None):
         self.clock, self.rank, self.fails, self.count, self.variant, self.real_s = clock, rank, fails, 8, "I3D of a test", 0.0
@@ -122,6 +122,12 @@ class FVD:
     @property
     def preparing_s(self):
         return 0.0 if self.real else 5.0
+
+    def make_one(self, pipeline, hurry):
+        go_on(hurry)
+        self.clock.work(3.0)
+        if self.fails:
+            raise self.fails
 
     def measure(self, pipeline, hurry):
         self.real_s = 0.0 if self.real else 5.0
@@ -257,6 +263,21 @@ def test_a_stop_ends_it_with_what_is_made(world):
         "1 of 5 clips."
     ]
     assert log.validations[0]["next_clip"] == 4 and log.validations[0]["failures"] == []
+    assert log.validations[0]["costs"]["clips"] == pytest.approx(2.0), "a clip that was cut short makes the others no cheaper"
+
+
+def test_a_stop_before_anything_is_no_lack_of_time(world):
+    log, calls, asked = world(hurry=lambda rank, asked: True, max_share=0.05)
+    assert calls == ["told", "told"] and asked == [[], []]
+    assert log.said == ["Validation after 100 steps: 0.0 s. Put off, the run was asked to stop: the losses, 5 of 5 clips."]
+
+
+def test_clips_that_fail_say_nothing_of_what_whole_ones_cost(world):
+    log, _, _ = world((100,), broken={"p0": UserError("no"), "p1": UserError("no"), "p3": UserError("no")})
+    assert log.validations[0]["clips"] == ["2", "4"] and log.validations[0]["costs"]["clips"] == pytest.approx(2.0)
+    log.validations[0]["costs"]["clips"] = 9.0
+    log, _, _ = world((200,), broken={f"p{n}": UserError("no") for n in range(5)}, keep=log)
+    assert log.validations[1]["clips"] == [] and log.validations[1]["costs"]["clips"] == 9.0, "nothing new is known"
 
 
 def test_a_stop_that_one_rank_sees_first(world):
@@ -289,6 +310,62 @@ def test_fvd_that_fails_is_a_warning(world):
     log, _, _ = world((200,), fvd=True, fvd_fails=UserError("a clip is gone"))
     assert log.validations[0]["fvd"] is None and "Warning: after step 200 no FVD: rank 1: a clip is gone" in log.said
     assert len(log.validations[0]["clips"]) == 5
+
+
+def test_a_failing_fvd_waits_for_its_next_turn(world):
+    log, _, _ = world((200, 300, 400), fvd=True, fvd_fails=UserError("a clip is gone"))
+    assert [line["failures"] for line in log.validations] == [["no FVD: rank 1: a clip is gone"], [], ["no FVD: rank 1: a clip is gone"]]
+    assert [line["fvd_failed"] for line in log.validations] == [True, False, True] and all(not line["put_off"] for line in log.validations)
+    log, _, _ = world((500, 600), fvd=True, keep=log)
+    assert [line["fvd"] is not None for line in log.validations[3:]] == [False, True] and not log.validations[-1]["fvd_failed"]
+
+
+def test_a_distance_that_cannot_be_taken_is_fvd_that_fails(world, monkeypatch):
+    def singular(pairs):
+        raise ValueError("features must be finite")
+
+    monkeypatch.setattr(validation, "fvd_of", singular)
+    log, _, _ = world((200, 300), fvd=True)
+    assert [line["failures"] for line in log.validations] == [["no FVD: ValueError: features must be finite"], []]
+    assert log.validations[0]["fvd_failed"] and log.validations[0]["put_off"] == [] and log.validations[0]["fvd"] is None
+
+
+NO_OTHER_CLIPS = {"max_share": 0.05, "fvd": True, "count": 0, "losses": False}
+
+
+def test_fvd_without_a_bound_needs_no_estimate(world):
+    log, _, _ = world((200,), **NO_OTHER_CLIPS | {"max_share": 1.0})
+    assert log.validations[0]["fvd"] is not None and log.validations[0]["seconds"] == pytest.approx(30 + 5)
+
+
+def test_without_other_clips_one_of_fvds_tells_what_it_costs(world):
+    log, calls, _ = world((200,), trained=950.0, **NO_OTHER_CLIPS)  # 50 s allowed, 20 · 3 + 5 expected
+    (line,) = log.validations
+    assert line["costs"]["clips"] == pytest.approx(3.0) and line["seconds"] == pytest.approx(3.0) and calls.count("gather") == 1
+    assert line["put_off"] == ["FVD, which takes about 65 s"] and not line["fvd_failed"]
+    log.trained_s = 3000.0
+    log, calls, _ = world((300,), **NO_OTHER_CLIPS, keep=log)
+    assert log.validations[1]["fvd"] is not None and calls.count("gather") == 1, "no second trial"
+    assert log.validations[1]["costs"]["fvd"] == pytest.approx(30.0)
+
+
+def test_fvd_that_fits_follows_its_trial_at_once(world):
+    log, _, _ = world((200,), trained=3000.0, **NO_OTHER_CLIPS)
+    assert log.validations[0]["fvd"] is not None and log.validations[0]["seconds"] == pytest.approx(3 + 30 + 5)
+
+
+def test_a_trial_that_fails_is_fvd_that_fails(world):
+    log, _, _ = world((200, 300), trained=3000.0, **NO_OTHER_CLIPS, fvd_fails=UserError("a clip is gone"))
+    assert [line["failures"] for line in log.validations] == [["no FVD: rank 1: a clip is gone"], []]
+    assert log.validations[0]["fvd_failed"] and log.validations[0]["costs"]["clips"] is None
+
+
+def test_a_stop_amid_the_trial_leaves_fvd_due(world):
+    log, calls, _ = world((200,), trained=3000.0, **NO_OTHER_CLIPS, hurry=lambda rank, asked: rank == 1)
+    assert calls.count("gather") == 1 and not log.validations[0]["fvd_failed"] and log.validations[0]["costs"]["clips"] is None
+    assert log.said == ["Validation after 200 steps: 3.0 s. Put off, the run was asked to stop: FVD."]
+    log, _, _ = world((300,), **NO_OTHER_CLIPS, keep=log)
+    assert log.validations[1]["fvd"] is not None
 
 
 def due(interval=100, last=250, lines=()):

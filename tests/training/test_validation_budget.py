@@ -58,7 +58,11 @@ def test_while_the_losses_wait_nothing_uses_up_what_they_wait_for():
 
 
 def test_unknown_costs_are_found_out_by_one_unit():
-    assert fit(0.01, Costs(), losses=True, rounds=9, fvd=True) == Fit(True, 1, False), "FVD may take hours"
+    assert fit(0.01, Costs(), losses=True, rounds=9, fvd=True) == Fit(True, 1, False), "FVD may take hours, the clips tell"
+    assert fit(0.01, Costs(), losses=True, rounds=0, fvd=True) == Fit(True, 0, False, fvd_trial=True), "no other clips: one of its own"
+    assert fit(5.0, Costs(losses=5.0), losses=True, rounds=0, fvd=True) == Fit(True, 0, False), "but not with nothing left"
+    assert fit(math.inf, Costs(), losses=True, rounds=0, fvd=True) == Fit(True, 0, True), "nor without a bound"
+    assert fit(0.01, Costs(), losses=False, rounds=0, fvd=False) == NOTHING
     assert fit(0.0, Costs(), losses=True, rounds=9, fvd=False) == NOTHING
     assert fit(-1.0, Costs(), losses=False, rounds=9, fvd=False) == NOTHING
     assert fit(4.0, Costs(losses=4.0), losses=True, rounds=9, fvd=False) == Fit(True, 0, False)

@@ -4,12 +4,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from rdtf_ds.errors import UserError
 from rdtf_ds.evaluation.frechet import Normal, frechet_distance
 from rdtf_ds.evaluation.i3d_weights import WeightsNotFound
 from rdtf_ds.experiment import load_experiment
-from rdtf_ds.training import validation_fvd
+from rdtf_ds.training import validation_assembly, validation_fvd
 from rdtf_ds.training.dry_run import describe
 from rdtf_ds.training.validation_fvd import ClipFeatures, RealClip, TrainingFVD, fvd_of, fvd_weights
 from rdtf_ds.training.validation_units import Interrupted
@@ -107,6 +108,18 @@ def test_its_cost_is_told_before_it_is_measured(make):
     assert fvd.preparing_s == pytest.approx(4 * 0.5)
 
 
+def test_one_clip_is_the_first_of_this_ranks_share(make):
+    fvd, trial, whole = make(rank=1, world_size=2), Pipeline(), Pipeline()
+    fvd.make_one(trial, lambda: False)
+    assert len(fvd._features.seen) == 1, "the call of the start; none here"
+    fvd.measure(whole, lambda: False)
+    assert trial.asked == whole.asked[:1] and trial.asked[0][0] == "clip 1"
+    make(rank=3, world_size=4, count=3).make_one(trial, lambda: False)
+    assert len(trial.asked) == 1, "more ranks than clips"
+    with pytest.raises(Interrupted):
+        fvd.make_one(trial, lambda: True)
+
+
 def test_a_stop_and_a_clip_that_is_gone(make):
     pipeline = Pipeline()
     with pytest.raises(Interrupted):
@@ -120,9 +133,65 @@ def test_a_stop_and_a_clip_that_is_gone(make):
         make(read=gone).measure(pipeline, lambda: False)
 
 
-def test_missing_weights_are_refused_at_the_start_and_told_by_a_dry_run(project_root, tmp_path, monkeypatch):
-    import torch
+@pytest.fixture
+def run(project_root, tmp_path):
+    """What of a run FVD is built from."""
+    settings = ["rdtf.validation.interval=5", "rdtf.validation.fvd_interval=10"]
+    experiment = load_experiment(project_root / "ds_configs" / "tiny_cpu.json", settings, output_dir=tmp_path)
+    ids = np.arange(4)
+    index = SimpleNamespace(held_out=ids, trainable=ids[:0], rows=[SimpleNamespace(kept=8)] * 4)
+    return SimpleNamespace(experiment=experiment, index=index, engine=SimpleNamespace(rank=0, world_size=2))
 
+
+@pytest.mark.parametrize(
+    ("mine", "other", "told"),
+    [
+        (UserError("'w.pt' is not I3D"), None, "rank 0 cannot measure: 'w.pt' is not I3D"),
+        (ZeroDivisionError("by what"), None, "rank 0 cannot measure: ZeroDivisionError: by what"),
+        (None, "MemoryError: ", "rank 1 cannot measure: MemoryError: "),
+    ],
+)
+def test_a_rank_that_cannot_measure_is_refused_by_all_whatever_it_raised(run, monkeypatch, mine, other, told):
+    met, said = [], []
+
+    def features(weights, batch):
+        if mine is not None:
+            raise mine
+        return Features(weights, batch)
+
+    def gather(value):
+        met.append(value)
+        return [value, other]
+
+    monkeypatch.setattr(validation_fvd, "VideoFeatures", features)
+    monkeypatch.setattr(validation_assembly, "gather_objects", gather)
+    monkeypatch.setattr(validation_assembly, "on_rank_zero", lambda make: make())
+    with pytest.raises(UserError, match=f"asks for FVD, which {told}") as refused:
+        validation_assembly._build_fvd(run, SimpleNamespace(say=said.append))
+    assert len(met) == 1 and refused.value.everywhere and said == []
+
+
+def test_fvd_that_every_rank_can_measure_is_told(run, monkeypatch):
+    said = []
+    monkeypatch.setattr(validation_fvd, "VideoFeatures", Features)
+    monkeypatch.setattr(validation_assembly, "gather_objects", lambda value: [value, None])
+    monkeypatch.setattr(validation_assembly, "on_rank_zero", lambda make: make())
+    assert validation_assembly._build_fvd(run, SimpleNamespace(say=said.append)).count == 4
+    assert said == [f"FVD every 10 steps, of 4 held-out clips (256 were asked for): means of {run.experiment.rdtf.data.frames} frames"]
+
+
+def test_another_networks_file_is_told_by_a_dry_run(project_root, tmp_path):
+    class Mean(torch.nn.Module):
+        def forward(self, clips: torch.Tensor) -> torch.Tensor:
+            return clips.mean()
+
+    torch.jit.script(Mean()).save(str(tmp_path / "other.pt"))
+    settings = ["rdtf.validation.interval=5", "rdtf.validation.fvd_interval=10", f"rdtf.validation.fvd_weights={tmp_path / 'other.pt'}"]
+    experiment = load_experiment(project_root / "ds_configs" / "tiny_cpu.json", settings, output_dir=tmp_path / "run")
+    assert f"NOT READY: '{tmp_path / 'other.pt'}' does not work as I3D" in describe(experiment, 1, torch.device("cpu"))
+
+
+def test_missing_weights_are_refused_at_the_start_and_told_by_a_dry_run(project_root, tmp_path, monkeypatch):
     settings = ["rdtf.validation.interval=5", "rdtf.validation.fvd_interval=10", f"rdtf.validation.fvd_weights={tmp_path / 'i3d.ckpt'}"]
     experiment = load_experiment(project_root / "ds_configs" / "tiny_cpu.json", settings, output_dir=tmp_path / "run")
     assert fvd_weights(experiment.rdtf) == tmp_path / "i3d.ckpt"

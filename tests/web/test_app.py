@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
+import json
+import os
 import re
 import shutil
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlsplit
+from urllib.request import ProxyHandler, Request, build_opener
 
 import pytest
 from PIL import Image
 
 from rdtf_ds.data.clips.metadata import read_metadata
+from rdtf_ds.errors import UserError
+from rdtf_ds.web.form import job_of
 from tests.small_models import SIDE, make_pipeline, small_dfgn, text_parts
 
 app = pytest.importorskip("rdtf_ds.web.app", reason="gradio (the extra `ui`) is not installed")
@@ -290,13 +293,85 @@ def test_it_serves_this_machine_alone_and_shares_nothing(site):
     assert site.page.analytics_enabled is False and site.page.server_name == "127.0.0.1"
 
 
-def test_only_uploads_are_opened(site):
-    """A hand-made request that names a file of the server is refused before any of our code sees it."""
+def ask(site, change: dict[int, object], session: str) -> str:
+    """What the server says at the end to a request made by hand: values as the page sends, but for ``change``, by their place."""
     (make,) = (event for event in site.page.fns.values() if getattr(event.fn, "__name__", "") == "make")
-    at = len(make.inputs) - 8
-    for upload in ({"path": "/etc/hostname"}, {"path": "/etc/hostname", "meta": {"_type": "gradio.FileData"}}):
-        values = [None] * len(make.inputs)
-        values[at] = upload
-        # playwright keeps an event loop in this thread
-        with ThreadPoolExecutor() as pool, pytest.raises(Exception, match="hostname|FileData|meta"):
-            pool.submit(asyncio.run, site.page.preprocess_data(make, values, None)).result()
+    values = ["a star", "Any frames", 3, 100, 0, 1, "ddim", 1, 1, *[None] * 8]
+    for at, value in change.items():
+        values[at] = value
+    address = f"{site.address.rstrip('/')}/gradio_api/queue"
+    body = json.dumps({"data": values, "fn_index": make._id, "session_hash": session}).encode()
+    direct = build_opener(ProxyHandler({}))
+    direct.open(Request(f"{address}/join", body, {"Content-Type": "application/json"}), timeout=30).read()
+    for line in direct.open(f"{address}/data?session_hash={session}", timeout=30):
+        if line.startswith(b"data:") and (said := json.loads(line[5:])).get("msg") == "process_completed":
+            return json.dumps(said["output"])
+    raise AssertionError("no answer")
+
+
+def test_only_uploads_are_opened(site, tmp_path):
+    """A request made by hand that names another picture of the server gets no clip, nor is told whether the picture is there."""
+    uploads = site.studio.uploads
+    (uploads / "a").mkdir(parents=True, exist_ok=True)
+    mine, secret = uploads / "a" / "mine.png", tmp_path / "secret.png"
+    for picture in (mine, secret):
+        Image.new("RGB", (SIDE, SIDE), (1, 2, 3)).save(picture)
+    (uploads / "link.png").symlink_to(secret)
+    (uploads / "folder").symlink_to(tmp_path)
+    outside = [secret, tmp_path / "absent.png", f"{uploads}/../../{tmp_path.name}/secret.png", os.path.relpath(secret, uploads), uploads]
+    outside += [f"{uploads}/a/{os.path.relpath(secret, uploads / 'a')}", uploads / "link.png", uploads / "folder" / "secret.png"]
+    marked = {"meta": {"_type": "gradio.FileData"}}
+    address = {"path": "http://127.0.0.1:9/a.png"}
+    before, told = sorted(site.studio.folder.glob("*/*.gif")), set()
+    for number, path in enumerate(outside):
+        for mark in ({}, marked):
+            said = ask(site, {9: {"path": str(path)} | mark}, f"outside{number}{len(mark)}")
+            assert "was not uploaded" in said, path
+            told.add(said.replace(os.path.abspath(path), "PATH"))
+    for number, upload in enumerate(({"path": "a\0b"}, address, address | marked)):
+        assert "was not uploaded here" in ask(site, {9: upload}, f"odd{number}")
+    assert sorted(site.studio.folder.glob("*/*.gif")) == before
+    assert len(told) == 2, "ours, and gradio's own of what is outside"
+    assert not [path for path in uploads.rglob("secret.png") if not path.is_relative_to(uploads / "folder")], "nothing was copied in"
+    assert "sticker.gif" in ask(site, {9: {"path": str(mine)} | marked}, "inside")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({0: None}, "Caption is None"),
+        ({0: ["a"]}, "Caption is ['a']"),
+        ({0: "a" * 2001}, "Caption has 2001 characters. Write 2000 at most."),
+        ({1: "Everything"}, "Task is 'Everything'. Choose one of Text, "),
+        ({1: {}}, "Task is {}"),
+        ({2: 9}, "Frames is 9. Write a number from 2 to 8."),
+        ({2: "3"}, "Frames is '3'"),
+        ({2: True}, "Frames is True"),
+        ({2: 3.5}, "Frames is 3.5. Write a whole number from 2 to 8."),
+        ({3: 1e300}, "Milliseconds a frame is 1e+300"),
+        ({4: None}, "Seed is empty"),
+        ({4: -1}, "Seed is -1"),
+        ({4: 2**53}, "Seed is 9007199254740992"),
+        ({5: 10**9}, "Steps is 1000000000. Write a number from 1 to "),
+        ({5: float("nan")}, "Steps is nan"),
+        ({6: ["ddim"]}, "Sampler is ['ddim']. Choose one of ddim, "),
+        ({7: float("inf")}, "Guidance by the caption is inf"),
+        ({8: "1"}, "Guidance by the pictures is '1'"),
+        ({9: "/etc/hostname"}, "Frame 0: its picture was not uploaded here"),
+        ({10: {"meta": {"_type": "gradio.FileData"}}}, "Frame 1: its picture was not uploaded here"),
+    ],
+)
+def test_values_that_no_field_allows_are_refused(site, change, words):
+    """By job_of itself, as gradio checks none of them."""
+    values = ["a star", "Any frames", 3, 100, 0, 1, "ddim", 1, 1, *[None] * 8]
+    assert job_of(site.studio, *values).frames == 3
+    for at, value in change.items():
+        values[at] = value
+    with pytest.raises(UserError, match=re.escape(words)):
+        job_of(site.studio, *values)
+
+
+def test_odd_requests_get_a_message_and_the_server_goes_on(site):
+    for number, change in enumerate(({5: 10**9}, {6: {"a": 1}}, {2: "8"})):
+        assert re.search("Steps is|Sampler is|Frames is", ask(site, change, f"values{number}"))
+    assert "sticker.gif" in ask(site, {}, "values")

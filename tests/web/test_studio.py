@@ -12,7 +12,7 @@ from PIL import Image
 from rdtf_ds.data.clips.metadata import read_metadata
 from rdtf_ds.errors import UserError
 from rdtf_ds.generation.jobs import Job
-from rdtf_ds.web.studio import Studio, open_studio, open_upload
+from rdtf_ds.web.studio import UPLOADED, Studio, open_studio, open_upload
 from tests.small_models import SIDE, make_pipeline, small_dfgn, text_parts
 
 RED = (220, 30, 30)
@@ -118,7 +118,7 @@ def test_an_unreadable_upload_is_named_without_the_servers_folder(tmp_path, data
         data = path.read_bytes()[:900]
     path.write_bytes(data)
     with pytest.raises(UserError, match="Frame 5: the picture 'upload.png' cannot be read") as raised:
-        open_upload(path, 5)
+        open_upload({"path": str(path), "meta": UPLOADED}, 5, tmp_path)
     assert said in str(raised.value) and str(tmp_path) not in str(raised.value)
 
 
@@ -126,7 +126,24 @@ def test_an_upload_stands_upright(tmp_path):
     exif = Image.Exif()
     exif[274] = 6  # the camera was held sideways
     Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=exif)
-    assert open_upload(tmp_path / "a.jpg", 0).size == (20, 30)
+    assert open_upload({"path": f"{tmp_path}/a.jpg", "meta": UPLOADED}, 0, tmp_path).size == (20, 30)
+
+
+def test_only_what_has_an_uploads_mark_is_opened(tmp_path):
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
+    path = f"{tmp_path}/a.png"
+    for upload in (path, {"path": path}, {"path": path, "meta": {}}, {"path": [path], "meta": UPLOADED}, {"meta": UPLOADED}, [path], 3):
+        with pytest.raises(UserError, match="Frame 2: its picture was not uploaded here"):
+            open_upload(upload, 2, tmp_path)
+    with pytest.raises(UserError, match="not uploaded here"):
+        open_upload({"path": path, "meta": UPLOADED}, 2, tmp_path / "uploads")
+
+
+def test_a_link_in_a_circle_is_no_upload(tmp_path):
+    (tmp_path / "a.png").symlink_to(tmp_path / "a.png")
+    for path in (tmp_path / "a.png", tmp_path / ("a" * 5000), tmp_path / "a\0"):
+        with pytest.raises(UserError, match="Frame 2: its picture was not uploaded here"):
+            open_upload({"path": str(path), "meta": UPLOADED}, 2, tmp_path)
 
 
 def test_a_model_is_opened_with_its_hash(pipeline, tmp_path):

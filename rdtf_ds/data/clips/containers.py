@@ -11,11 +11,14 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
+from typing import BinaryIO
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 GIF_REPLACE, GIF_RESTORE_BACKGROUND = 1, 2
 WEBP_ALPHA_FLAG, WEBP_XMP_FLAG, WEBP_ANIMATION_FLAG = 0x10, 0x04, 0x02
 WEBP_NO_BLEND = 0x02
+LONGEST_MS = 0xFFFF
+"""The most milliseconds a frame can be shown: APNG has 16 bits for them."""
 
 
 def join_gif(stills: Sequence[bytes], durations_ms: Sequence[int], metadata: bytes = b"") -> bytes:
@@ -26,7 +29,7 @@ def join_gif(stills: Sequence[bytes], durations_ms: Sequence[int], metadata: byt
     for frame, duration in zip(parsed, durations_ms, strict=True):
         transparent = frame.transparent_index is not None
         disposal = GIF_RESTORE_BACKGROUND if transparent else GIF_REPLACE
-        delay = min(max(round(duration / 10), 2), 0xFFFF)  # viewers turn a delay below 20 ms into 100 ms
+        delay = max(round(duration / 10), 2)  # viewers turn a delay below 20 ms into 100 ms
         out += struct.pack("<BBBBHBB", 0x21, 0xF9, 4, disposal << 2 | transparent, delay, frame.transparent_index or 0, 0)
         palette_bits = (len(frame.palette) // 3).bit_length() - 2
         out += b"\x2c\x00\x00\x00\x00" + frame.size + bytes([0x80 | palette_bits]) + frame.palette + frame.pixels
@@ -72,7 +75,7 @@ def join_apng(stills: Sequence[bytes], durations_ms: Sequence[int], metadata: by
     out += png_chunk(b"acTL", struct.pack(">II", len(stills), 0))
     sequence = 0
     for number, (still, duration) in enumerate(zip(stills, durations_ms, strict=True)):
-        control = struct.pack(">IIIIIHHBB", sequence, width, height, 0, 0, min(duration, 0xFFFF), 1000, 0, 0)
+        control = struct.pack(">IIIIIHHBB", sequence, width, height, 0, 0, duration, 1000, 0, 0)
         out += png_chunk(b"fcTL", control)
         sequence += 1
         for kind, body in png_chunks(still):
@@ -129,3 +132,42 @@ def riff_chunk(kind: bytes, body: bytes) -> bytes:
 
 def _uint24(value: int) -> bytes:
     return struct.pack("<I", value)[:3]
+
+
+def mp4_end(file: BinaryIO) -> int:
+    """Where an MP4 ends by what its boxes say (ISO 14496-12); a last box without a size reaches to wherever the file does.
+
+    Raises:
+        struct.error: it is cut off within the head of a box.
+    """
+    at, end = 0, file.seek(0, 2)
+    while at < end:
+        file.seek(at)
+        (size,) = struct.unpack(">I4x", file.read(8))
+        if size == 1:
+            (size,) = struct.unpack(">Q", file.read(8))
+        if size < 8:  # 0, or damage, of which there is no end
+            return end
+        at += size
+    return at
+
+
+def webm_end(file: BinaryIO) -> int:
+    """Where a WebM ends by the sizes of its header and its segment (RFC 8794, 9559); where none is told, as in a live stream, it is whole.
+
+    Raises:
+        struct.error: it is cut off before its segment begins.
+    """
+    at, end = 0, file.seek(0, 2)
+    for expected in (b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"):  # the header, then the segment
+        file.seek(at)
+        identifier, first = struct.unpack("4sB", file.read(5))
+        if identifier != expected:
+            return end
+        length = 9 - first.bit_length()
+        (size,) = struct.unpack(">Q", (bytes([first]) + file.read(length - 1)).rjust(8, b"\x00"))
+        size &= (1 << 7 * length) - 1
+        if size == (1 << 7 * length) - 1:
+            return end
+        at += 4 + length + size
+    return at

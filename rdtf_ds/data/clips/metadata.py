@@ -18,7 +18,7 @@ from xml.sax.saxutils import escape, unescape
 
 import av
 
-from rdtf_ds.data.clips.containers import end_of_sub_blocks, png_chunk, png_chunks, riff_chunk, riff_chunks
+from rdtf_ds.data.clips.containers import end_of_sub_blocks, mp4_end, png_chunk, png_chunks, riff_chunk, riff_chunks, webm_end
 from rdtf_ds.data.clips.headers import SNIFFED_BYTES, sniff_format
 from rdtf_ds.errors import UserError
 
@@ -32,6 +32,8 @@ _XMP = (
 )
 _XMP_TEXT = re.compile(r'<rdf:li xml:lang="x-default">([^<]*)</rdf:li>')
 _DEMUXERS = {"webm": "matroska", "mp4": "mp4"}  # FFmpeg may not guess: other demuxers open other files
+_ENDS = {"webm": webm_end, "mp4": mp4_end}
+_CUT = "it is cut short, or something follows its end"
 
 
 def to_comment(metadata: Mapping[str, Any]) -> str:
@@ -72,11 +74,13 @@ def read_metadata(path: str | Path) -> dict[str, Any] | None:
             format = sniff_format(file.read(SNIFFED_BYTES))
         if format is None:
             raise UserError(f"'{path}' is no GIF, WebP, PNG, APNG, MP4 or WebM, so it holds no metadata of a clip.")
-        comments = _video_comments(path, _DEMUXERS[format]) if format in _DEMUXERS else _READERS[format](path.read_bytes())
+        comments = _video_comments(path, format) if format in _DEMUXERS else _READERS[format](path.read_bytes())
         return next(filter(None, map(_from_comment, comments)), None)
     except FileNotFoundError as error:
         raise UserError(f"'{path}': there is no such file.") from error
-    except (OSError, IndexError, ValueError, struct.error, av.FFmpegError) as error:
+    except (IndexError, struct.error) as error:
+        raise UserError(f"'{path}' cannot be read: {_CUT}.") from error
+    except (OSError, ValueError, av.FFmpegError) as error:
         raise UserError(f"'{path}' cannot be read: {error}.") from error
 
 
@@ -90,15 +94,21 @@ def _from_comment(comment: str) -> dict[str, Any] | None:
     return inner if isinstance(inner, dict) else None
 
 
-def _gif_comments(data: bytes) -> Iterator[str]:
-    if data[-1] != 0x3B:
-        raise OSError("it is cut short, or something follows its end")
-    at = 13 + (3 << (data[10] & 7) + 1 if data[10] & 0x80 else 0)
-    while data[at] == 0x21:  # extensions; ours stands before the first image
-        end = end_of_sub_blocks(data, at + 2)
-        if data[at + 1] == 0xFE:
-            yield _joined(data, at + 2).decode("latin-1")
-        at = end
+def _gif_comments(data: bytes) -> list[str]:
+    """All of them: only at the end is it known that the file has one."""
+    comments, at = [], 13 + _palette_bytes(data[10])
+    while data[at] != 0x3B:
+        if data[at] == 0x21 and data[at + 1] == 0xFE:
+            comments.append(_joined(data, at + 2).decode("latin-1"))
+        # An extension is its label and sub-blocks; an image its place, palette, and size of codes before them.
+        at = end_of_sub_blocks(data, at + 2 if data[at] == 0x21 else at + 11 + _palette_bytes(data[at + 9]))
+    if at != len(data) - 1:
+        raise OSError(_CUT)
+    return comments
+
+
+def _palette_bytes(flags: int) -> int:
+    return 3 << (flags & 7) + 1 if flags & 0x80 else 0
 
 
 def _joined(data: bytes, at: int) -> bytes:
@@ -111,7 +121,7 @@ def _joined(data: bytes, at: int) -> bytes:
 
 def _png_comments(data: bytes) -> Iterator[str]:
     if data[-8:-4] != b"IEND":
-        raise OSError("it is cut short, or something follows its end")
+        raise OSError(_CUT)
     for kind, body in png_chunks(data):
         keyword, _, rest = body.partition(b"\x00")
         if kind == b"iTXt" and keyword == _PNG_KEYWORD and rest[:1] == b"\x00":  # not compressed
@@ -120,14 +130,17 @@ def _png_comments(data: bytes) -> Iterator[str]:
 
 def _webp_comments(data: bytes) -> Iterator[str]:
     if 8 + struct.unpack_from("<I", data, 4)[0] > len(data):
-        raise OSError("it is cut short, or something follows its end")
+        raise OSError(_CUT)
     for kind, body in riff_chunks(data):
         if kind == b"XMP ":
             yield from (unescape(text) for text in _XMP_TEXT.findall(body.decode("utf-8", "replace")))
 
 
-def _video_comments(path: Path, demuxer: str) -> Iterator[str]:
-    with av.open(path, format=demuxer, metadata_errors="replace") as container:
+def _video_comments(path: Path, format: str) -> Iterator[str]:
+    with path.open("rb") as file:
+        if _ENDS[format](file) > path.stat().st_size:
+            raise OSError(_CUT)
+    with av.open(path, format=_DEMUXERS[format], metadata_errors="replace") as container:
         yield from (text for name, text in container.metadata.items() if name.lower() == "comment")
 
 

@@ -19,7 +19,7 @@ from av.container import OutputContainer
 from av.video.stream import VideoStream
 from PIL import Image, ImageDraw, ImageFont
 
-from rdtf_ds.data.clips.containers import join_apng, join_gif, join_webp
+from rdtf_ds.data.clips.containers import LONGEST_MS, join_apng, join_gif, join_webp
 from rdtf_ds.data.clips.metadata import gif_block, png_block, to_comment, webp_block
 from rdtf_ds.errors import UserError
 
@@ -39,7 +39,7 @@ def write_clip(
     Args:
         frames: uint8 (F, H, W, 3|4), F ≥ 1.
         path: ends in .gif .webp .png .apng .mp4 or .webm; the folder is made if it is missing.
-        durations_ms: milliseconds each frame is shown: one number for all, or F of them.
+        durations_ms: milliseconds each frame is shown, 1 to :data:`LONGEST_MS`: one number for all, or F of them.
         metadata: what the file says of itself, JSON-able; `read_metadata` of metadata.py reads it.
     Raises:
         UserError: unknown suffix.
@@ -53,8 +53,8 @@ def write_clip(
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] not in (3, 4) or 0 in frames.shape:
         raise ValueError(f"frames must be uint8 (F, H, W, 3 or 4) with F ≥ 1, not {frames.dtype} {frames.shape}")
     durations = [durations_ms] * len(frames) if isinstance(durations_ms, int) else [int(duration) for duration in durations_ms]
-    if len(durations) != len(frames) or min(durations) < 1:
-        raise ValueError(f"durations_ms must be {len(frames)} positive numbers, not {durations_ms}")
+    if len(durations) != len(frames) or min(durations) < 1 or max(durations) > LONGEST_MS:
+        raise ValueError(f"durations_ms must be {len(frames)} numbers from 1 to {LONGEST_MS}, not {durations_ms}")
     write_atomically(path, encode(frames, durations, "" if metadata is None else to_comment(metadata)))
 
 

@@ -215,6 +215,7 @@ def test_closing_this_process_s_pool_makes_room_for_another(clip: Path) -> None:
 
 def test_threads_of_a_closed_pool_end_soon_and_leave_no_child(clip: Path) -> None:
     """As on Ctrl-C: some are at work, some wait for a child, some begin."""
+    close_process_pool()  # of earlier tests
     pool, ends = DecoderPool(2), []
 
     def work() -> None:

@@ -156,10 +156,36 @@ def test_what_cannot_be_read_is_said(tmp_path: Path, frames: np.ndarray, suffix:
         read_metadata(path)
     write_clip(frames, path, DURATIONS, {"prompt": "a" * 5000})
     whole = path.read_bytes()
-    for kept in (40, len(whole) - 1) if suffix not in (".mp4", ".webm") else (40,):
+    # However much is missing, though the last byte that is left be the one that ends a GIF.
+    ends = [at + 1 for at, byte in enumerate(whole[:-1]) if byte == 0x3B][:20] if suffix == ".gif" else []
+    for kept in (12, 40, len(whole) // 2, *ends, *range(len(whole) - 400, len(whole), 21), len(whole) - 1):
         path.write_bytes(whole[:kept])
         with pytest.raises(UserError, match="cannot be read"):
             read_metadata(path)
+
+
+def test_a_stream_without_a_size_is_read(tmp_path: Path, frames: np.ndarray) -> None:
+    path = tmp_path / "a.webm"
+    write_clip(frames, path, DURATIONS, {"seed": 1})
+    data = path.read_bytes()
+    at = data.index(b"\x18\x53\x80\x67") + 4
+    assert data[at] == 1  # a size of eight bytes
+    path.write_bytes(data[:at] + b"\x01" + b"\xff" * 7 + data[at + 8 :])
+    assert read_metadata(path) == {"seed": 1}
+    path.write_bytes(data + b"more")
+    assert read_metadata(path) == {"seed": 1}
+
+
+def test_boxes_of_an_mp4_may_have_long_sizes_or_none(tmp_path: Path, frames: np.ndarray) -> None:
+    path = tmp_path / "a.mp4"
+    write_clip(frames, path, DURATIONS, {"seed": 1})
+    whole = path.read_bytes()
+    for last in (b"\x00\x00\x00\x01free" + (20).to_bytes(8, "big") + b"four", b"\x00\x00\x00\x00free" + b"x" * 9):
+        path.write_bytes(whole + last)
+        assert read_metadata(path) == {"seed": 1}
+    path.write_bytes(whole + b"\x00\x00\x00\x01free" + (21).to_bytes(8, "big") + b"four")
+    with pytest.raises(UserError, match="cut short"):
+        read_metadata(path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), {1, 2}, np.float32(1)])

@@ -11,7 +11,7 @@ from PIL import Image
 
 from rdtf_ds.data.clips.clip import DecodeLimits
 from rdtf_ds.data.clips.decoding import decode_clip, probe_clip
-from rdtf_ds.data.clips.writing import contact_sheet, write_clip
+from rdtf_ds.data.clips.writing import PAPER, contact_sheet, write_clip
 from rdtf_ds.errors import UserError
 from tests.data.players import ffmpeg_frames, libwebp_frames, need
 
@@ -101,6 +101,12 @@ def test_gif_palettes_are_each_frames_own(tmp_path: Path) -> None:
     assert np.abs(read[opaque][:, :3].astype(int) - rich[opaque][:, :3]).mean() < 25
 
 
+@pytest.mark.parametrize("suffix", EXACT)
+def test_the_longest_duration_comes_back(tmp_path: Path, suffix: str) -> None:
+    write_clip(moving_square(3), tmp_path / f"a{suffix}", 65535)
+    assert set(read_by_pillow(tmp_path / f"a{suffix}")[1]) == {65540 if suffix == ".gif" else 65535}  # GIF counts in 10 ms
+
+
 def test_one_frame_and_one_colour(tmp_path: Path) -> None:
     for suffix in EXACT:
         write_clip(np.full((1, 1, 1, 4), 0, np.uint8), tmp_path / f"a{suffix}")
@@ -120,7 +126,7 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
     for bad in (frames.astype(np.float32), frames[0], frames[..., :2], frames[:0]):
         with pytest.raises(ValueError, match="uint8"):
             write_clip(bad, tmp_path / "a.gif")
-    for durations in ([100] * 5, 0, [100, 100, 100, 100, 100, -1]):
+    for durations in ([100] * 5, 0, [100, 100, 100, 100, 100, -1], [100, 100, 100, 100, 100, 65536]):
         with pytest.raises(ValueError, match="durations_ms"):
             write_clip(frames, tmp_path / "a.gif", durations)
     assert list(tmp_path.iterdir()) == []
@@ -149,8 +155,8 @@ def test_contact_sheet_has_a_row_for_each_clip_and_a_label(tmp_path: Path) -> No
     assert sheet.shape == (104, 200 + 4 * 62, 3)
     for column in range(4):
         assert (sheet[25, 200 + 62 * column + 30] == (255, 0, 0)).all()
-        assert (sheet[77, 200 + 62 * column + 30] == ((0, 0, 255) if column < 2 else (255, 255, 255))).all()
-    assert (sheet[:52, :200] < 100).any() and (sheet[52:, :200] == 255).all()
-    assert (sheet[:52, 196:200] == 255).all()  # the label was wrapped before it reached the frames
+        assert (sheet[77, 200 + 62 * column + 30] == ((0, 0, 255) if column < 2 else PAPER)).all()
+    assert (sheet[:52, :200] < 100).any() and (sheet[52:, :200] == PAPER).all()
+    assert (sheet[:52, 196:200] == PAPER).all()  # the label was wrapped before it reached the frames
     with pytest.raises(ValueError, match="2 clips"):
         contact_sheet([red, blue], ["one"], tmp_path / "s.png")
