@@ -111,7 +111,7 @@ def _torchscript(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except Exception as error:  # whatever the file's code raises; its last line says what, the ones before it where
-            raise refused(f"{type(error).__name__}: {str(error).strip().rpartition(chr(10))[2]}") from error
+            raise refused(str(error).strip().rpartition("\n")[2].rstrip(".") or type(error).__name__) from error
         if not isinstance(encoded, Tensor) or encoded.shape != (len(clips), LOGITS):
             found = tuple(encoded.shape) if isinstance(encoded, Tensor) else type(encoded).__name__
             raise refused(f"of {len(clips)} clips it makes {found}")

@@ -21,7 +21,8 @@ from rdtf_ds.evaluation.clip_similarity import CLIP_MODEL, ClipScorer, Similarit
 from rdtf_ds.evaluation.fast_vqa import VideoQuality
 from rdtf_ds.evaluation.fast_vqa_weights import REMEDY
 from rdtf_ds.evaluation.frechet import Normal, extrapolate, frechet_distance
-from rdtf_ds.evaluation.fvd import VideoFeatures
+from rdtf_ds.evaluation.fvd import SIDE, VideoFeatures
+from rdtf_ds.evaluation.i3d import FEWEST_FRAMES
 from rdtf_ds.evaluation.i3d_weights import WeightsNotFound
 from rdtf_ds.evaluation.protocol import Task
 from rdtf_ds.seeding import numpy_generator
@@ -101,6 +102,7 @@ def load_instruments(
     fvd: VideoFeatures | str
     try:
         fvd = VideoFeatures(fvd_weights, device)
+        fvd([np.zeros((FEWEST_FRAMES, SIDE, SIDE, 3), np.uint8)])  # another network's file shows when it is called
     except WeightsNotFound as error:
         fvd = str(error)
     return Instruments(

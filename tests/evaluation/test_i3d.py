@@ -163,7 +163,7 @@ class _CalledOtherwise(torch.nn.Module):
 @pytest.mark.parametrize(
     ("network", "why"),
     [
-        (_CalledOtherwise(), r"RuntimeError: forward\(\) expected at most 2"),
+        (_CalledOtherwise(), r"forward\(\) expected at most 2"),
         (_Raises(400), "RuntimeError: mat1 and mat2 shapes cannot be multiplied"),
         (_Answers(399), r"of 2 clips it makes \(2, 399\)"),
         (_TwoAnswers(400), "of 2 clips it makes tuple"),
@@ -172,7 +172,7 @@ class _CalledOtherwise(torch.nn.Module):
 def test_another_networks_torchscript_file_is_told_when_it_is_called(tmp_path: Path, network: torch.nn.Module, why: str) -> None:
     torch.jit.script(network).save(str(tmp_path / "other.pt"))
     features = VideoFeatures(tmp_path / "other.pt")
-    with pytest.raises(UserError, match=rf"other.pt' does not work as I3D, called as \(clips, rescale=False, .*: {why}"):
+    with pytest.raises(UserError, match=rf"other.pt' does not work as I3D, called as \(clips, rescale=False, .* is: {why}"):
         features([np.zeros((8, 32, 32, 3), np.uint8)] * 2)
 
 

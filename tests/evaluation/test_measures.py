@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import rdtf_ds.evaluation.measures as measures
 from rdtf_ds.errors import UserError
@@ -217,3 +218,9 @@ def test_a_file_that_was_named_must_be_there_and_be_right(tmp_path: Path, place:
 def test_a_clip_model_that_was_named_must_be_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="CLIP for similarity not found: --clip is"):
         load_instruments(None, None, str(tmp_path))
+
+
+def test_another_networks_file_is_refused_before_any_clip_is_made(tmp_path: Path) -> None:
+    torch.jit.script(torch.nn.Flatten()).save(str(tmp_path / "other.pt"))
+    with pytest.raises(UserError, match=r"other.pt' does not work as I3D, called as"):
+        load_instruments(tmp_path / "other.pt", None, None)
