@@ -7,7 +7,7 @@ from them.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -92,6 +92,15 @@ class DataSection(_Section):
         default=None, description="regex searched in a clip's path, whose first group is the clip's group; null: equal clips are a group"
     )
     drop_duplicates: bool = Field(default=True, description="of clips with equal content and caption only one is trained on")
+
+    def limits(self) -> dict[str, Any]:
+        """What one clip may cost, as the arguments of `data.clips.clip.DecodeLimits`."""
+        caps = {"max_pixels", "max_frames", "max_source_frames", "max_bytes", "max_total_pixels"}
+        return {**self.model_dump(include=caps), "timeout_s": self.decode_timeout_s}
+
+    def index_options(self) -> dict[str, Any]:
+        """What an index of the clips hangs on besides, as arguments of `data.indexing.index_building.build_index`."""
+        return self.model_dump(include={"background", "video_clip_s", "validation_fraction", "group_pattern", "drop_duplicates"})
 
 
 class CurriculumSection(_Section):

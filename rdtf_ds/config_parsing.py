@@ -131,6 +131,7 @@ def nearest_key(path: str, *, section: bool = False) -> str:
     spelled = path.replace("_", ".").removeprefix("rdtf.")
 
     def likeness(key: str) -> float:
+        """Likeness to ``path``: two ratios in 0..1, of the whole keys and of their last parts, and what a name itself is worth."""
         key_parent, _, key_leaf = key.rpartition(".")
         whole = SequenceMatcher(None, spelled, key.replace("_", ".").removeprefix("rdtf.")).ratio()
         # A right name in the wrong place counts for most, then the begin of a name.

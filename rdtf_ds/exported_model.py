@@ -136,7 +136,7 @@ def _check_network(place: Path, config: dict[str, Any], found: dict[str, tuple[i
     try:
         with torch.device("meta"):
             unet = DFGN.from_config(config)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # torch and diffusers have no common error for sizes that make no network
         raise UserError(f"'{place / 'config.json'}' describes no DFGN: {error}. {_REMEDY}") from error
     expected = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
     for name in sorted(expected.keys() | found.keys()):

@@ -348,10 +348,10 @@ class RDTFPipeline(DiffusionPipeline):
                 latents = options.call_back(self, number, timestep, latents)
                 bar.update()
         if not torch.isfinite(latents).all():
-            raise UserError(
-                f"the model made NaN or infinite values in {self.unet.dtype}. Load it with torch_dtype=torch.float32 (generate.py: "
-                "--dtype float32); if that fails too, the exported training run has diverged."
-            )
+            wider = "torch_dtype=torch.float32 (generate.py: --dtype float32)"
+            remedy = f"Take {'smaller guidance scales' if self.unet.dtype == torch.float32 else wider}"
+            diverged = "if that fails too, the exported training run has diverged"
+            raise UserError(f"the model made NaN or infinite values in {self.unet.dtype}. {remedy}; {diverged}.")
         return latents
 
     def _guided_noise(self, latents: Tensor, timestep: Tensor, condition: Conditioning, max_batch: int | None) -> Tensor:

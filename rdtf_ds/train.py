@@ -236,10 +236,9 @@ def run_command(arguments: list[str]) -> int:
     folder: list[Path] = []
 
     def command() -> int:
-        experiment = load_experiment(
-            *(options.deepspeed_config, options.set),
-            **{key: getattr(options, key) for key in ("data_dir", "output_dir", "max_steps", "seed")},
-        )
+        """Read the config, then train: only from then on is it known where checkpoints and a crash's traceback are."""
+        given = {key: getattr(options, key) for key in ("data_dir", "output_dir", "max_steps", "seed")}
+        experiment = load_experiment(options.deepspeed_config, options.set, **given)
         folder.append(Path(experiment.rdtf.output_dir))
         return main(options, experiment)
 

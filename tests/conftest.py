@@ -14,6 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
+from tests.browsers import browser  # noqa: E402, F401  a fixture
 from tests.small_engines import make_engine, process_group, train  # noqa: E402, F401  fixtures
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from rdtf_ds.errors import UserError
 from rdtf_ds.exported_model import PARTS, check_model, model_hash
+from rdtf_ds.generation.model_outline import ModelOutline
 from rdtf_ds.pipeline import RDTFPipeline
 from tests.small_models import make_pipeline, small_dfgn, text_parts
 
@@ -118,6 +119,9 @@ def test_weights_of_another_network_are_refused_and_not_filled_up_with_random_on
     config = json.loads((model / "unet/config.json").read_text())
     (model / "unet/config.json").write_text(json.dumps(config | {"sti_kernel_size": "wide"}))
     refused(model, "unet/config.json' describes no DFGN|not those of the model")
+    for key, value in (("sti_kernel_size", "wide"), ("context_dim", -1), ("head_channels", 0)):
+        (model / "unet/config.json").write_text(json.dumps(config | {key: value}))
+        refused(model, "unet/config.json' describes no DFGN")
 
 
 def test_other_folders_are_no_models(model, tmp_path):
@@ -125,6 +129,22 @@ def test_other_folders_are_no_models(model, tmp_path):
     index = json.loads((model / "model_index.json").read_text())
     (model / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionPipeline"}))
     refused(model, "names the pipeline StableDiffusionPipeline")
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "told"),
+    [
+        ("model_index.json", {"max_frames": None, "image_size": 0, "eta": "x", "background": [1, 2], "steps": True}, "has {}"),
+        ("scheduler/scheduler_config.json", {"beta_start": "x", "beta_schedule": "x", "num_train_timesteps": -1}, "no DDIMScheduler"),
+    ],
+)
+def test_a_description_of_odd_values_is_told(model, file, values, told):
+    original = json.loads((model / file).read_text())
+    assert ModelOutline(model).config.max_frames == 8
+    for key, value in values.items():
+        (model / file).write_text(json.dumps(original | {key: value}))
+        with pytest.raises(UserError, match=f"{told.format(key)}.*Export the model once more"):
+            ModelOutline(model)
 
 
 def test_the_hash_names_what_is_in_the_folder(model, whole, tmp_path):

@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 
 from rdtf_ds.processes import arguments, catches, descendants, name_this_process, read_process, waits_in
+from tests.waiting import until
 
 
 @contextmanager
@@ -25,13 +26,6 @@ def child(code: str, *words: str) -> Iterator[subprocess.Popen[str]]:
             yield process
         finally:
             process.kill()
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 READY = "import os, sys, signal, subprocess, time\nprint(flush=True)\n"

@@ -1,7 +1,7 @@
 """The whole job in small, on a CPU: make stickers, train with two ranks, export, draw clips from text alone, judge the GIF files.
 
 Everything lands under runs/demo/ (``--out``): the run (run/), the exported model (model/), GIFs (gifs/) and contact_sheet.png.
-Run it again to go on where it stopped; ``--fresh`` starts over.
+Run it again to go on where it stopped, or to judge other clips of the same model (``--noise_seed``); ``--fresh`` starts over.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--max_steps", type=int, help="train less, to see that everything works; the clips will be poor")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--noise_seed", type=int, help="draw the clips of the same prompts from other noise; training is as it was")
     parser.add_argument("--fresh", action="store_true", help="remove what an earlier demo left")
     arguments = parser.parse_args()
     try:
@@ -77,7 +78,8 @@ def run_demo(arguments: argparse.Namespace) -> Report:
         torch.manual_seed(arguments.seed)
         pipeline = RDTFPipeline.from_pretrained(out / "model", torch_dtype=torch.float32)
         pipeline.set_progress_bar_config(disable=not sys.stderr.isatty())
-        asked = draw_text_clips(pipeline, out / "gifs", arguments.seed)
+        noise_seed = arguments.seed if arguments.noise_seed is None else arguments.noise_seed
+        asked = draw_text_clips(pipeline, out / "gifs", prompts(arguments.seed), noise_seed)
         draw_other_tasks(pipeline, out / "gifs")
     return report_on(asked, out)
 
@@ -109,14 +111,13 @@ def prompts(seed: int) -> list[Sticker]:
     return chosen
 
 
-def draw_text_clips(pipeline: RDTFPipeline, folder: Path, seed: int) -> list[tuple[Sticker, Path]]:
-    """Writes one GIF for each of :func:`prompts`; returns what was asked of which file."""
-    stickers = prompts(seed)
+def draw_text_clips(pipeline: RDTFPipeline, folder: Path, stickers: list[Sticker], noise_seed: int) -> list[tuple[Sticker, Path]]:
+    """Writes one GIF for each sticker, drawn from its caption; returns what was asked of which file."""
     folder.mkdir(parents=True, exist_ok=True)
     asked = []
     for first in range(0, len(stickers), BATCH):
         batch = stickers[first : first + BATCH]
-        clips = pipeline([sticker.caption for sticker in batch], num_frames=FRAMES, seeds=seed + first).frames
+        clips = pipeline([sticker.caption for sticker in batch], num_frames=FRAMES, seeds=noise_seed + first).frames
         for i, (sticker, clip) in enumerate(zip(batch, clips, strict=True), start=first):
             kind = "held-out" if sticker.held_out else "trained"
             path = folder / f"{i:02d} {kind} {sticker.caption}.gif"

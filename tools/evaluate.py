@@ -27,7 +27,6 @@ from rdtf_ds.data.clips.clip import DecodeLimits  # noqa: E402
 from rdtf_ds.data.indexing.index import ClipIndex  # noqa: E402
 from rdtf_ds.data.indexing.index_building import build_index  # noqa: E402
 from rdtf_ds.errors import UserError  # noqa: E402
-from rdtf_ds.evaluation.clip_making import DTYPES  # noqa: E402
 from rdtf_ds.evaluation.evaluating import PAGE, Wishes, alone_in, evaluate, plan  # noqa: E402
 from rdtf_ds.evaluation.measures import load_instruments  # noqa: E402
 from rdtf_ds.evaluation.protocol import STEPS, TASKS, make_tasks  # noqa: E402
@@ -35,6 +34,7 @@ from rdtf_ds.evaluation.tables import Report, markdown  # noqa: E402
 from rdtf_ds.evaluation.test_set import SPLITS, choose_clips  # noqa: E402
 from rdtf_ds.experiment import load_experiment  # noqa: E402
 from rdtf_ds.generation.model_outline import ModelOutline  # noqa: E402
+from rdtf_ds.models.devices import DTYPES, choose_device  # noqa: E402
 from rdtf_ds.samplers import SAMPLERS  # noqa: E402
 
 
@@ -108,7 +108,7 @@ def run(options: argparse.Namespace) -> Report:
     tasks = make_tasks(options.tasks, options.frames, options.visible)
     outline: Any = ModelOutline(options.model)
     outline.settings(options.frames, options.steps, options.sampler, options.eta, options.text_scale, options.image_scale)
-    device, dtype = _device(options.device, options.dtype)
+    device, dtype = choose_device(options.device, options.dtype)
     if options.data.is_dir() and options.out.resolve().is_relative_to(options.data.resolve()):
         raise UserError(f"--out {options.out} lies in --data {options.data}: what is made would be taken for real. Name another folder.")
     instruments = load_instruments(options.fvd_weights, options.vqa_weights, options.clip, device)
@@ -144,35 +144,8 @@ def run(options: argparse.Namespace) -> Report:
 def _index(options: argparse.Namespace) -> ClipIndex:
     """The real clips, held out as the run held them out if its config is named."""
     data = load_experiment(options.config, require_data=False).rdtf.data if options.config else DataSection()
-    limits = DecodeLimits(
-        max_pixels=data.max_pixels,
-        max_frames=data.max_frames,
-        max_source_frames=data.max_source_frames,
-        max_bytes=data.max_bytes,
-        max_total_pixels=data.max_total_pixels,
-        timeout_s=data.decode_timeout_s,
-    )
-    return build_index(
-        options.data,
-        limits,
-        options.index or options.out / "index",
-        background=data.background,
-        video_clip_s=data.video_clip_s,
-        validation_fraction=data.validation_fraction,
-        group_pattern=data.group_pattern,
-        drop_duplicates=data.drop_duplicates,
-        require_trainable=False,
-    )
-
-
-def _device(device: str, dtype: str) -> tuple[str, str]:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no GPU here. python tools/doctor.py says why; --device cpu works without one.")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype == "auto":
-        dtype = "float16" if device == "cuda" else "float32"
-    return device, dtype
+    folder = options.index or options.out / "index"
+    return build_index(options.data, DecodeLimits(**data.limits()), folder, require_trainable=False, **data.index_options())
 
 
 def _progress(what: str, total: int) -> Any:

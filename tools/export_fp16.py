@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rdtf_ds.errors import UserError  # noqa: E402
-from rdtf_ds.export.exporting import ExportReport, export  # noqa: E402
+from rdtf_ds.export.exporting import RECORD, ExportReport, export  # noqa: E402
 from rdtf_ds.export.half_check import HalfCheck, half_check  # noqa: E402
 from rdtf_ds.export.weight_files import DEFAULT_SHARD, DTYPES  # noqa: E402
 
@@ -19,7 +19,10 @@ ENCODERS = ("autoencoder", "clip", "t5")
 
 
 def main() -> int:
-    """Exit code 0, 1 when the exported model fails its check, 2 with one paragraph on standard error when the input cannot be exported."""
+    """Exit code 0, 1 when the exported model fails its check, 2 when the input cannot be exported, 130 for Ctrl-C.
+
+    Of the last two, one paragraph on standard error says what is there.
+    """
     arguments = _parser().parse_args()
     check = None
     try:
@@ -31,6 +34,9 @@ def main() -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"Interrupted; {_what_is_there(arguments.out)}.", file=sys.stderr)
+        return 130
     if arguments.json:
         print(json.dumps({**asdict(report), "half_check": check and {**asdict(check), "holds": check.holds}}))
     else:
@@ -60,6 +66,10 @@ def _lines(report: ExportReport, check: HalfCheck | None) -> list[str]:
     if check is not None:
         lines.append(str(check))
     return [*lines, f'Next: python tools/generate.py --model {report.folder} --prompt "..." --out sticker.gif']
+
+
+def _what_is_there(out: Path) -> str:
+    return f"'{out}' is whole, but was not checked" if (out / RECORD).is_file() else f"nothing of '{out}' was kept"
 
 
 def _sources(pairs: list[str]) -> dict[str, str]:

@@ -141,7 +141,7 @@ def report(out: Path, counts: Counts, shards: list[Path]) -> str:
 
 
 def main() -> int:
-    """Exit code 0, or 2 with one paragraph on standard error."""
+    """Exit code 0; 2 with one paragraph on standard error; 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder for the shards")
     parser.add_argument("--keep_packages", type=Path, metavar="DIR", help="keep the packages' archives in DIR, or take them from there")
@@ -159,6 +159,9 @@ def main() -> int:
     except OSError as error:
         print(f"'{error.filename or arguments.out}' cannot be written: {error.strerror or error}. Choose another folder.", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"Interrupted; nothing of '{arguments.out}' was kept.", file=sys.stderr)
+        return 130
     print(report(arguments.out, counts, shards))
     return 0
 

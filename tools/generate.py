@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rdtf_ds.data.clips.metadata import read_metadata  # noqa: E402
 from rdtf_ds.errors import UserError  # noqa: E402
-from rdtf_ds.generation.ordering import DTYPES, SUFFIXES, Order, take_order  # noqa: E402
+from rdtf_ds.generation.ordering import SUFFIXES, Order, take_order  # noqa: E402
+from rdtf_ds.models.devices import DTYPES  # noqa: E402
 from rdtf_ds.samplers import SAMPLERS  # noqa: E402
 
 INTERRUPTED = 130

@@ -1,8 +1,11 @@
-"""Shows what is in a data folder: ``inspect_data.py DIR --out report.html [--clips 12] [--seed 0] [--index INDEX_DIR] [--json]``.
+"""Shows what is in a data folder, judged as a run of the same config and keys judges it.
+
+    python tools/inspect_data.py DIR --out report.html [--deepspeed_config C] [--set rdtf.data.KEY=VALUE ...] [--clips 12] [--seed 0]
+        [--index INDEX] [--json]
 
 DIR is a folder of clips or of tar shards, or a manifest (.csv, .jsonl). The report is one HTML page that needs nothing else: counts,
 formats, frame counts, sizes, times, captions, duplicates, broken files with reasons, and for a sample of clips the animation, its
-clusters, the frames training takes and the masks laid over them. Settings are the defaults of rdtf.data.
+clusters, the frames training takes and the masks laid over them. INDEX is what tools/index_data.py --out takes, too.
 """
 
 from __future__ import annotations
@@ -17,8 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from rdtf_ds.errors import UserError  # noqa: E402
+from rdtf_ds.experiment import load_experiment  # noqa: E402
 from rdtf_ds.inspection.report import inspect_folder  # noqa: E402
 from rdtf_ds.wording import counted  # noqa: E402
+
+CONFIG = Path(__file__).resolve().parents[1] / "ds_configs" / "v100.json"
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -26,6 +32,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data_dir", metavar="DIR", help="a folder of clips or of tar shards, or a manifest (.csv, .jsonl)")
     parser.add_argument("--out", type=Path, metavar="HTML", help="the page to write")
+    parser.add_argument("--deepspeed_config", type=Path, default=CONFIG, metavar="JSON", help="the run's experiment (ds_configs/v100.json)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="as for the run; repeat for more")
     parser.add_argument("--clips", type=int, default=12, metavar="N", help="clips shown (12)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the clips picked and the frames drawn (0)")
     parser.add_argument("--index", type=Path, metavar="INDEX_DIR", help="keep the index here, for the next look or run")
@@ -46,7 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.out is not None:
             require_writable(options.out)
-        report = inspect_folder(options.data_dir, options.clips if options.out else 0, options.seed, options.index)
+        data = load_experiment(options.deepspeed_config, options.overrides, data_dir=options.data_dir).rdtf.data
+        report = inspect_folder(options.data_dir, data, options.clips if options.out else 0, options.seed, options.index)
         if options.out is not None:
             size = write_page(options.out, report.page())
             told = sys.stderr if options.json else sys.stdout

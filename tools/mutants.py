@@ -99,7 +99,7 @@ def check_that_wrongs_fit(pristine: Path, mutants: Iterable[Mutant]) -> None:
         try:
             mutant.applied_to((pristine / mutant.file).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UserError(f"a wrong no longer fits the code, change it in tests/mutants.py: {error}") from error
+            raise UserError(f"a wrong no longer fits the code, change it in tests/mutants/: {error}") from error
 
 
 def check_that_tests_pass(pristine: Path, mutants: Iterable[Mutant]) -> float:

@@ -20,6 +20,7 @@ HEADS, HEAD_DIM = 8, 32  # Table 6
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``tools/benchmark.py attention``."""
     parser.add_argument("--size", choices=SIZES, default="full", help="whose levels (full)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--frames", type=int, default=8, help="of the clip (8)")

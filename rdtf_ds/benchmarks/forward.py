@@ -32,6 +32,7 @@ RATE_BARS = {"fp32": 0.85, "bf16": 0.75}  # of the best square product
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``tools/benchmark.py forward``."""
     parser.add_argument("--size", choices=SIZES, default="full", help="of all networks (full)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--frames", type=int, default=8, help="of the clip (8)")

@@ -46,6 +46,7 @@ CHANGES: dict[str, Change] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``tools/benchmark.py fvd``."""
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="real clips: what rdtf.data.data_dir may be")
     parser.add_argument("--index_dir", type=Path, metavar="DIR", help="index of them, kept for the next time; else a temporary one")
     parser.add_argument("--clips", type=int, default=256, metavar="N", help="on each side (256)")

@@ -32,6 +32,7 @@ PASSES = {"three passes": 3, "two passes": 2, "one pass": 1, "one pass, scales 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``tools/benchmark.py guidance``."""
     parser.add_argument("--widths", type=int, nargs="+", default=[320, 640], help="of the network's levels (320 640)")
     parser.add_argument("--side", type=int, default=16, help="of the latents (16)")
     parser.add_argument("--frames", type=int, default=4)
@@ -49,6 +50,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     picture = np.full((FACTOR * arguments.side, FACTOR * arguments.side, 3), 200, np.uint8)
 
     def call(name: str, steps: int) -> None:
+        """A whole call with the scales of ``name``, to latents; a new one each time, from the same seed."""
         image_scale, text_scale = SCALES[name]
         pipeline(
             "a red star slides left", {0: picture}, num_inference_steps=steps, eta=0.0, seeds=0,
@@ -61,6 +63,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     processor: dict[str, list[float]] = {name: [] for name in names}
 
     def measured(name: str) -> None:
+        """A call of all steps; its processor seconds, of all threads, are kept beside."""
         before = time.process_time()
         call(name, arguments.steps)
         processor[name].append(time.process_time() - before)

@@ -36,6 +36,7 @@ _WORDS = ("a", "red", "blue", "happy", "sad", "cat", "dog", "fox", "bear", "wave
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``tools/benchmark.py index``."""
     parser.add_argument("--rows", type=int, default=1_800_000, help="clips in the index (1800000)")
     parser.add_argument("--steps", type=int, default=20_000, help="steps planned, 16 samples each (20000)")
     parser.add_argument("--peer_rows", type=int, default=200_000, help="rows the peer is measured with, scaled to --rows (200000)")
@@ -70,9 +71,11 @@ def report_rows(ours: Mapping[str, Any], peer: Mapping[str, Any], scale: float) 
     """Each figure beside its bar, and beside the peer's."""
 
     def barred(name: str, value: float, unit: str, bar: float) -> Row:
+        """A figure beside the most it may be, in the same unit."""
         return Row(name, value, unit, f"the bar of {bar:g} {unit}", value / bar, 1.0)
 
     def of_peer(name: str, key: str, unit: str, scale: float) -> Row:
+        """The peer's figure times ``scale``, and how many times ours of the same ``key`` that is."""
         scaled = peer[key] * scale
         ratio = scaled / ours[key] if ours[key] > 0 else None  # a small index may need no memory that was not there
         return Row(f"{name}, {PEER}", scaled, unit, "mapped", ratio)

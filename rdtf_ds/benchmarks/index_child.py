@@ -147,6 +147,7 @@ def main(kind: str, where: str, identity: str, steps: str) -> None:
     clips = len(planner._clip_ids)
 
     def read(plan: StepPlan) -> None:
+        """What loader workers read of the index for a step's samples; the peer's rows are in memory as they are."""
         if isinstance(index, ClipIndex):
             for sample in plan.samples:
                 index.caption(sample.clip_id), index.place(sample.clip_id), index.frame_features(sample.clip_id)

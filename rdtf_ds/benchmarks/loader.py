@@ -55,6 +55,7 @@ _SEED = 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``tools/benchmark.py loader``."""
     parser.add_argument("--data", type=Path, metavar="DIR", help="real clips, of which the 256 px WebP of 72 frames are taken (generated)")
     parser.add_argument("--cached", action="store_true", help="only from the latent cache, which needs no peers")
     parser.add_argument("--clips", type=int, default=40, help="at most so many (40)")
@@ -165,6 +166,7 @@ def _turn(make: Callable[[SamplePlan], object], index: ClipIndex, samples: int, 
     plans = iter(list(islice(plans_of(index), samples * turns)))
 
     def run() -> None:
+        """Makes the next ``samples`` of them; StopIteration once all turns were taken."""
         for _ in range(samples):
             make(next(plans))
 
@@ -232,6 +234,7 @@ def fill_cache(index: ClipIndex, folder: Path, all_tokens: bool) -> CachedClips:
     generator = torch.Generator().manual_seed(_SEED)
 
     def random(*shape: int) -> torch.Tensor:
+        """Normal numbers in fp16, every call the next of one generator."""
         return torch.randn(*shape, generator=generator).half()
 
     for row in index.rows:

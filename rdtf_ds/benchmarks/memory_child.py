@@ -33,6 +33,7 @@ class PhasePeaks:
         _forget_peak()
 
     def ends(self, phase: str) -> None:
+        """What was resident at most since the last phase ended belongs to ``phase``; the next one begins."""
         self.peaks[phase] = max(self.peaks.get(phase, 0), _resident("VmHWM") - self.bare)
         _forget_peak()
 

@@ -61,6 +61,7 @@ class Clip:
 
 
 def device_here() -> torch.device:
+    """The current GPU, or the CPU where torch sees none."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -141,6 +142,7 @@ def forward_and_backward(network: nn.Module, clip: Clip, target: Tensor, item: b
     """A train step without its optimizer: loss, gradients. ``item``: its value is read, which tensors without data have not."""
 
     def step() -> float | None:
+        """The loss, None without ``item``; gradients are added to those that are there."""
         loss = nn.functional.mse_loss(call_dfgn(network, clip).float(), target.float())
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.item() if item else None
@@ -153,6 +155,7 @@ def plain_training(network: nn.Module, clip: Clip, target: Tensor) -> Callable[[
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5, weight_decay=0.01)
 
     def step() -> float:
+        """The loss as it was before the update; no gradient is left."""
         loss = nn.functional.mse_loss(call_dfgn(network, clip).float(), target.float())
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

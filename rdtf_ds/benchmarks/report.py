@@ -51,6 +51,7 @@ class Row:
         return self.ratio >= self.bar if self.at_least else self.ratio <= self.bar
 
     def to_json(self) -> dict[str, Any]:
+        """Every attribute, and `holds`, whose ValueError it shares."""
         return {**asdict(self), "holds": self.holds}
 
 

@@ -33,6 +33,7 @@ class Contestant(NamedTuple):
 
     @property
     def name(self) -> str:
+        """As rows and notes have it, such as ``ddim 50, η = 1``."""
         return f"{self.sampler} {self.steps}" + ("" if self.eta is None else f", η = {self.eta:g}")
 
 
@@ -47,6 +48,7 @@ EXACT = Contestant("dpm++", 100, None)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``tools/benchmark.py samplers``."""
     parser.add_argument("--model", type=Path, required=True, help="of tools/demo.py: its OUT/model")
     parser.add_argument("--clips", type=int, default=96, help="for each sampler (96)")
     parser.add_argument("--batch", type=int, default=12)

@@ -27,6 +27,7 @@ class Timing:
 
     @property
     def median(self) -> float:
+        """Seconds of the middle repetition; of an even number the mean of the two in the middle."""
         return median(self.seconds)
 
     @property
@@ -85,11 +86,13 @@ class SquareProduct:
 
     @classmethod
     def of(cls, side: int, dtype: torch.dtype, device: torch.device) -> SquareProduct:
+        """Of two matrices of normal numbers, ``side`` × ``side``; ``times`` is at least 1."""
         left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         return cls(left, right, max(1, (2048 // side) ** 3))
 
     @property
     def flops(self) -> int:
+        """Of one call: 2 n³ for each of its products."""
         return 2 * len(self.left) ** 3 * self.times
 
     def __call__(self) -> None:

@@ -36,6 +36,7 @@ STEP_BAR, BYTES_BAR, HALF_BAR = 3.7, 1 / 3, 0.58
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``tools/benchmark.py train_step``."""
     parser.add_argument("--size", choices=SIZES, default="full", help="of DFGN (full)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--frames", type=int, default=8, help="of the clip; beside it stands one of half as many (8)")
@@ -101,6 +102,7 @@ def _step(network: DFGN, clip: Clip, mode: str) -> Callable[[], object]:
 
 def _in_mode(network: DFGN, mode: str, step: Callable[[], object]) -> Callable[[], object]:
     def run() -> object:
+        """The step with activations kept as ``mode`` says; no gradient is left, so that the next begins as this one did."""
         network.set_activation_checkpointing(mode)
         result = step()
         network.zero_grad(set_to_none=True)

@@ -21,6 +21,7 @@ TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``tools/benchmark.py trim``."""
     parser.add_argument("--size", choices=SIZES, default="full", help="of DFGN (full)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--k", type=int, nargs="+", choices=range(3, FRAMES), default=[4], metavar="K", help="frames, 3 to 7 (4)")
@@ -69,6 +70,7 @@ def _step(network: DFGN, clip: Clip, target: Tensor, frame_mask: Tensor, padded:
     mask = frame_mask if padded else None
 
     def step() -> float:
+        """Mean of the samples' losses; no gradient is left."""
         predicted = network(clip.sample, clip.timestep, clip.text, mask)
         loss = masked_mse(predicted.float(), target.float(), frame_mask).mean()
         if loss.requires_grad:

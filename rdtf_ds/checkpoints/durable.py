@@ -37,6 +37,11 @@ class _Hashing:
         self._file, self._hash, self._bytes = file, hashlib.sha256(), 0
 
     def write(self, data: Any) -> int:
+        """Append bytes, or anything that has a buffer of them, and hash them; returns how many.
+
+        Raises:
+            OSError: As the disk says, or it took fewer bytes than it was given.
+        """
         view = memoryview(data).cast("B")
         for start in range(0, len(view), _CHUNK):
             piece = view[start : start + _CHUNK]
@@ -47,10 +52,12 @@ class _Hashing:
         return len(view)
 
     def flush(self) -> None:
+        """Hands what is buffered to the system; `write_file` sees to the disk."""
         self._file.flush()
 
     @property
     def digest(self) -> Digest:
+        """Of all that was written so far."""
         return Digest(self._bytes, self._hash.hexdigest())
 
 

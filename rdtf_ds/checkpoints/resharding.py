@@ -181,6 +181,7 @@ def _recut(shards: Sequence[Mapping[str, Any]], cut: _Cut, own_moments: bool = F
     _refuse_uneven(lengths, cut.world)
 
     def master(number: int) -> Tensor:
+        """This rank's fp32 part of group ``number``, (the group's elements / ranks,), made anew at each call."""
         # From the files again, not from `states`, which would hold them. DeepSpeed's masters require gradients.
         return cut([shard[STATE][MASTERS][number] for shard in shards]).requires_grad_()
 

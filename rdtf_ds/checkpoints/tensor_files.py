@@ -17,7 +17,8 @@ Spec = tuple[torch.dtype, tuple[int, ...]]
 class Writable(Protocol):
     """What a file must be able to do."""
 
-    def write(self, data: Any, /) -> Any: ...
+    def write(self, data: Any, /) -> Any:
+        """Append bytes, or an array's buffer. What it returns is not looked at: a write that stops short must raise."""
 
 
 def write_safetensors(file: Writable, specs: Mapping[str, Spec], tensors: Iterable[tuple[str, Tensor]]) -> None:

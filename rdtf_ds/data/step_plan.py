@@ -210,6 +210,7 @@ class PlanQueue:
 
     @passed_over.setter
     def passed_over(self, passed_over: Mapping[int, int]) -> None:
+        """Takes a copy in the place of all counts; with one below 1 (ValueError) nothing changes."""
         for number, times in passed_over.items():
             if times < 1:
                 raise ValueError(f"sample {number} cannot have been passed over {times} times; leave it out")

@@ -31,11 +31,11 @@ from rdtf_ds.evaluation.protocol import Task
 from rdtf_ds.evaluation.test_set import RealClip, real_frames
 from rdtf_ds.generation.jobs import Job
 from rdtf_ds.generation.making import make_clips
+from rdtf_ds.models.devices import DTYPES
 from rdtf_ds.pipeline import RDTFPipeline
 from rdtf_ds.processes import die_with_parent
 
 REAL, SUFFIX = "real", ".png"
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 Batch = tuple[Task, tuple[RealClip, ...]]
 """Clips of one task that are made together."""

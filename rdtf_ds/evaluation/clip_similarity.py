@@ -9,9 +9,9 @@ Legend: n clips, F frames, D width of CLIP's common space, m candidates.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +19,13 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, CLIPModel
 
+from rdtf_ds.models.clip_pictures import load_whole, pixel_constants
 from rdtf_ds.models.local_weights import local_folder
-from rdtf_ds.models.missing import EncoderNotFound, Part, load_part
+from rdtf_ds.models.missing import Part, load_part
 
 CLIP_MODEL = Part("CLIP for similarity", "--clip", "openai/clip-vit-base-patch32", ("",))
 _TOKENIZER = Part("CLIP tokenizer for similarity", "--clip", "openai/clip-vit-base-patch32", ("",), ("tokenizer.json", "vocab.json"))
 _TEXTS_AT_ONCE = 64
-# OpenAI's, https://github.com/openai/CLIP, clip.py
-_MEAN, _DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
@@ -62,10 +61,11 @@ class ClipScorer:
     def __init__(self, source: str, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
         self.source = Path(source).resolve().name if Path(source).is_dir() else source
-        self._model = load_part(_load_model, source, CLIP_MODEL).requires_grad_(False).eval().to(self.device)
+        self._model = load_part(partial(load_whole, CLIPModel), source, CLIP_MODEL).requires_grad_(False).eval().to(self.device)
         self._tokenizer = load_part(AutoTokenizer.from_pretrained, source, _TOKENIZER)
         self._size = int(self._model.config.vision_config.image_size)
-        self._mean, self._deviation = (torch.tensor(values, device=self.device)[:, None, None] for values in _constants(source))
+        constants = pixel_constants(local_folder(source, CLIP_MODEL), source, CLIP_MODEL)
+        self._mean, self._deviation = (torch.tensor(values, device=self.device)[:, None, None] for values in constants)
 
     def score(self, clips: Iterable[np.ndarray], captions: Sequence[str], candidates: Sequence[str] | None = None) -> Similarity:
         """Score clips against their captions.
@@ -124,23 +124,3 @@ class ClipScorer:
 
 def _of_length_1(features: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.normalize(features.double(), dim=1).cpu()
-
-
-def _load_model(source: str, subfolder: str = "") -> CLIPModel:
-    model, report = CLIPModel.from_pretrained(source, subfolder=subfolder, output_loading_info=True)
-    if report["missing_keys"]:
-        raise ValueError(f"the weights lack {len(report['missing_keys'])} tensors, such as {min(report['missing_keys'])}")
-    return model
-
-
-def _constants(source: str) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and deviation of the channels, as the model's own preprocessing has them, else OpenAI's."""
-    folder = local_folder(source, CLIP_MODEL)
-    path = None if folder is None else Path(folder) / "preprocessor_config.json"
-    if path is None or not path.is_file():
-        return _MEAN, _DEVIATION
-    try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-        return given.get("image_mean", _MEAN), given.get("image_std", _DEVIATION)
-    except (OSError, ValueError, AttributeError) as error:
-        raise EncoderNotFound(CLIP_MODEL, source, f"'{path}' cannot be used ({error})") from error

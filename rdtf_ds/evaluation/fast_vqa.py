@@ -32,6 +32,7 @@ class QualityHead(nn.Module):
         self.fc_hid, self.fc_last = nn.Conv3d(channels, hidden, 1), nn.Conv3d(hidden, 1, 1)
 
     def forward(self, features: Tensor) -> Tensor:
+        """Features of the backbone, (B, C, F, H, W) -> raw scores (B, 1, F, H, W)."""
         scores: Tensor = self.fc_last(functional.gelu(self.fc_hid(features)))
         return scores
 
@@ -49,6 +50,7 @@ class FastVQA(nn.Module):
         self.vqa_head = QualityHead(self.fragments_backbone.features)
 
     def forward(self, fragments: Tensor) -> Tensor:
+        """(B, 3, 32, 224, 224) as `cut_views` makes it -> raw scores (B,)."""
         scores: Tensor = self.vqa_head(self.fragments_backbone(fragments))
         return scores.mean(dim=(1, 2, 3, 4))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -49,8 +50,10 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals(_NUMBERS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's unpickler meets torn bytes with errors of every kind, IndexError among them
-        first_line = str(error).partition("\n")[0]
-        raise UserError(f"'{path}' cannot be read as weights of FAST-VQA-B ({type(error).__name__}: {first_line}). {REMEDY}") from error
+        # An UnpicklingError's own words advise loading without the check, which runs whatever the file says.
+        words = "it holds more than tensors and numbers, or is cut short" if isinstance(error, UnpicklingError) else str(error)
+        told = f"{type(error).__name__}: {words.partition(chr(10))[0]}"
+        raise UserError(f"'{path}' cannot be read as weights of FAST-VQA-B ({told}). {REMEDY}") from error
     state: Any = content.get("state_dict", content) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping):
         raise UserError(f"'{path}' does not hold the weights of FAST-VQA-B: there is no 'state_dict' in it. {REMEDY}")

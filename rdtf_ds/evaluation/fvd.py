@@ -57,7 +57,7 @@ class VideoFeatures:
 
         Raises:
             ValueError: No clips, or clips of different lengths.
-            UserError: The network of the TorchScript file fails, or answers with something else than logits.
+            UserError: The network of the TorchScript file fails or answers with something else than logits, or weights make no numbers.
         """
         features, held, lengths = [], [], set()
         for clip in clips:
@@ -76,6 +76,8 @@ class VideoFeatures:
 
     def _encode(self, clips: Sequence[Tensor]) -> np.ndarray:
         encoded: np.ndarray = self._network(torch.stack(list(clips)).to(self.device)).double().cpu().numpy()
+        if not np.isfinite(encoded).all():
+            raise UserError(f"I3D's features are not finite with {self.source}: the file is damaged. Get it again, or name another.")
         return encoded
 
 
@@ -99,6 +101,7 @@ def _torchscript(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]
         raise UserError(f"'{path}' cannot be read as a TorchScript file: {str(error).partition(chr(10))[0]}.") from error
 
     def refused(why: str) -> UserError:
+        """The error that says what a file of weights must work as, and ``why`` this one does not."""
         return UserError(
             f"'{path}' does not work as I3D, called as (clips, rescale=False, resize=False, return_features=True) with clips "
             f"(n, 3, frames, {SIDE}, {SIDE}) for (n, {LOGITS}) logits, as the i3d_torchscript.pt of other FVD code is: {why}. "
@@ -106,6 +109,11 @@ def _torchscript(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]
         )
 
     def logits(clips: Tensor) -> Tensor:
+        """(n, 3, F, 224, 224) in [-1, 1] -> (n, 400).
+
+        Raises:
+            UserError: The file's code fails, or gives something else. A device that fails or is full raises what torch does.
+        """
         try:
             encoded = network(clips, rescale=False, resize=False, return_features=True)
         except (torch.OutOfMemoryError, torch.AcceleratorError):

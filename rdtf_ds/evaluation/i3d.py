@@ -80,6 +80,7 @@ class Unit(nn.Module):
             self.register_buffer(name, torch.zeros(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, F, H, W) -> (B, out_channels, ⌈F / stride⌉, ⌈H / stride⌉, ⌈W / stride⌉), never negative."""
         x = self.conv(pad_same(x, self.conv.kernel_size, self.conv.stride))
         scale = torch.rsqrt(self.variance + _EPSILON)
         return functional.relu((x - _per_channel(self.mean)) * _per_channel(scale) + _per_channel(self.bias))
@@ -102,6 +103,7 @@ class Inception(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, F, H, W) -> the same with ``widths`` 0, 2, 4 and 5 as channels, in this order."""
         branch = self.branches
         return torch.cat(
             [
@@ -124,6 +126,7 @@ def pad_same(x: Tensor, kernel: Sequence[int], stride: Sequence[int], value: flo
 
 
 def max_pool_same(x: Tensor, kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> Tensor:
+    """Largest of each window, (B, C, F, H, W) -> ⌈n / stride⌉ along F, H, W; padded as `pad_same` says, by −∞, which never is it."""
     return functional.max_pool3d(pad_same(x, kernel, stride, float("-inf")), kernel, stride)
 
 

@@ -69,6 +69,11 @@ class _ArraysOnly(pickle.Unpickler):
     """Makes numpy arrays and plain containers; anything else a pickle can name is refused."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """The three names that numpy's arrays are pickled by; ``numpy._core`` is numpy 2's name of ``numpy.core``.
+
+        Raises:
+            pickle.UnpicklingError: Any other name, before anything of it is imported.
+        """
         if (module.replace("numpy._core", "numpy.core"), name) == ("numpy.core.multiarray", "_reconstruct"):
             return _reconstruct
         if (module, name) == ("numpy", "ndarray"):

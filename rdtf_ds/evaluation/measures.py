@@ -38,9 +38,11 @@ Clips = Callable[[], Iterable[np.ndarray]]
 class Scorer(Protocol):
     """What `VideoQuality` offers."""
 
-    def score(self, clips: Iterable[np.ndarray]) -> np.ndarray: ...
+    def score(self, clips: Iterable[np.ndarray]) -> np.ndarray:
+        """Quality of clips, uint8 (F, H, W, 3) each: float64 (n,), 0..1, more is better."""
 
-    def variant(self, num_frames: int) -> str: ...
+    def variant(self, num_frames: int) -> str:
+        """What a score of clips of ``num_frames`` frames is made of, for people."""
 
 
 @dataclass(frozen=True)

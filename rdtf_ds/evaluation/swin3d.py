@@ -165,6 +165,7 @@ class MLP(nn.Module):
         self.fc1, self.fc2 = nn.Linear(channels, 4 * channels), nn.Linear(4 * channels, channels)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """(..., C) -> (..., C), with a GELU between the layers."""
         widened: Tensor = self.fc2(functional.gelu(self.fc1(tokens)))
         return widened
 
@@ -195,6 +196,7 @@ class Merging(nn.Module):
         self.norm, self.reduction = nn.LayerNorm(4 * channels), nn.Linear(4 * channels, 2 * channels, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """(B, F, H, W, C) -> (B, F, ⌈H/2⌉, ⌈W/2⌉, 2C): odd sides are filled up with zeros, the four joined column by column."""
         height, width = tokens.shape[2:4]
         even = functional.pad(tokens, (0, 0, 0, width % 2, 0, height % 2))
         merged: Tensor = self.reduction(self.norm(rearrange(even, "b f (h i) (w j) c -> b f h w (j i c)", i=2, j=2)))
@@ -210,6 +212,7 @@ class Stage(nn.Module):
         self.downsample = None if last else Merging(channels)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """(B, F, H, W, C) -> what `Merging` makes of it, or the same shape in the last stage."""
         for block in self.blocks:
             tokens = block(tokens)
         return tokens if self.downsample is None else self.downsample(tokens)
@@ -224,6 +227,7 @@ class PatchEmbedding(nn.Module):
         self.proj, self.norm = nn.Conv3d(3, channels, patch, patch), nn.LayerNorm(channels)
 
     def forward(self, clips: Tensor) -> Tensor:
+        """(B, 3, frames, height, width) -> (B, F, H, W, C), a token for each patch, the filled-up ones included."""
         missing = [-length % size for length, size in zip(clips.shape[2:], self.patch, strict=True)]
         tokens = self.proj(functional.pad(clips, (0, missing[2], 0, missing[1], 0, missing[0])))
         normed: Tensor = self.norm(rearrange(tokens, "b c f h w -> b f h w c"))
@@ -258,6 +262,7 @@ class Swin3D(nn.Module):
         self.norm = nn.LayerNorm(self.features)
 
     def forward(self, clips: Tensor) -> Tensor:
+        """Clips (B, 3, frames, height, width), normalised -> (B, `features`, F, H, W)."""
         tokens = self.patch_embed(clips)
         for stage in self.layers:
             tokens = stage(tokens)

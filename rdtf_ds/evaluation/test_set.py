@@ -90,7 +90,7 @@ def choose_clips(index: ClipIndex, split: Split, frames: int, most: int, seed: i
     held_out = split == "held_out" or (split == "auto" and len(index.held_out) > 0)
     if held_out and not len(index.held_out):
         raise UserError(
-            f"--split held_out: no clip of '{index.root}' is held out. Name the run's settings by --config RUN/config.json, where "
+            f"--split held_out: no clip of '{index.source}' is held out. Name the run's settings by --config RUN/config.json, where "
             "rdtf.data.validation_fraction is above 0, or take --split all."
         )
     ids = index.held_out if held_out else np.union1d(index.trainable, index.held_out)
@@ -101,7 +101,7 @@ def choose_clips(index: ClipIndex, split: Split, frames: int, most: int, seed: i
     usable = captioned if len(captioned) else long_enough
     if not len(usable):
         side = "held out in" if held_out else "in"
-        raise UserError(f"none of the {len(ids)} clips {side} '{index.root}' has {frames} frames. Ask for fewer: --frames.")
+        raise UserError(f"none of the {len(ids)} clips {side} '{index.source}' has {frames} frames. Ask for fewer: --frames.")
     drawn = numpy_generator(seed, "test set").permutation(usable)[:most]
     width = len(str(len(drawn) - 1))
     rows = columns.take(pa.array(drawn)).to_pylist()

@@ -16,13 +16,13 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from glob import escape
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 
+from rdtf_ds import __version__
 from rdtf_ds.checkpoints.durable import Digest, digest_file, sync, write_file
 from rdtf_ds.checkpoints.manifest import CheckpointError, read_key
 from rdtf_ds.checkpoints.store import find_step_folder
@@ -226,14 +226,6 @@ def _origin(source: CheckpointWeights, section: RDTFSection) -> dict[str, Any]:
     }
 
 
-def _package_version() -> str | None:
-    """None when the package is run from its sources without being installed."""
-    try:
-        return version("rdtf-ds")
-    except PackageNotFoundError:
-        return None
-
-
 def _seal(folder: Path, about: Mapping[str, Any], known: Mapping[str, Digest]) -> int:
     """Writes the record and puts every file and folder on the disk; returns the bytes of all files.
 
@@ -249,7 +241,7 @@ def _seal(folder: Path, about: Mapping[str, Any], known: Mapping[str, Digest]) -
             files[name] = known.get(name) or digest_file(path)
     record = {
         "format": 1,
-        "rdtf_ds": _package_version(),
+        "rdtf_ds": __version__,
         **about,
         "files": {name: digest.to_json() for name, digest in files.items()},
     }

@@ -103,6 +103,7 @@ def write_weights(
     for file in files:
 
         def fill(handle: Any, specs: Mapping[str, Spec] = file.specs) -> None:
+            """One file: its header, then as many of the parameters as it is to hold, whichever come next."""
             write_safetensors(handle, specs, islice(cast, len(specs)))
 
         digests[file.name] = write_file(folder / file.name, fill)

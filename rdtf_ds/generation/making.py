@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from rdtf_ds.clip_requests import clip_requests
 from rdtf_ds.data.clips.metadata import read_metadata
@@ -22,6 +23,7 @@ from rdtf_ds.data.clips.writing import write_clip
 from rdtf_ds.errors import UserError
 from rdtf_ds.generation.jobs import Job, batches, check_jobs, durations_of, refuse, settings_of
 from rdtf_ds.generation.pictures import as_frames, open_pictures, picture_hash
+from rdtf_ds.wording import counted
 
 OnClip = Callable[[Job, Path, bool], None]
 _SHOWN = 60  # characters of a value in a message
@@ -183,19 +185,24 @@ def _short(value: Any) -> str:
 def _make(pipeline: Any, group: Sequence[Job], keep_given: bool, fit: bool) -> np.ndarray:
     """One call: uint8 (B, F, H, W, 3)."""
     first = group[0]
-    clips: np.ndarray = pipeline(
-        [job.prompt for job in group],
-        [open_pictures(job.pictures) for job in group],
-        num_frames=first.frames,
-        num_inference_steps=first.steps,
-        sampler=first.sampler,
-        eta=first.eta,
-        text_scale=first.text_scale,
-        image_scale=first.image_scale,
-        seeds=[job.seed for job in group],
-        keep_given_frames=keep_given,
-        fit=fit,
-    ).frames
+    try:
+        clips: np.ndarray = pipeline(
+            [job.prompt for job in group],
+            [open_pictures(job.pictures) for job in group],
+            num_frames=first.frames,
+            num_inference_steps=first.steps,
+            sampler=first.sampler,
+            eta=first.eta,
+            text_scale=first.text_scale,
+            image_scale=first.image_scale,
+            seeds=[job.seed for job in group],
+            keep_given_frames=keep_given,
+            fit=fit,
+        ).frames
+    except torch.OutOfMemoryError as error:
+        less = "fewer at once (--batch)" if len(group) > 1 else "float16 (--dtype), or in generate.py --offload"
+        told = f"the GPU's memory does not do for {counted(len(group), 'clip')} at once. Take {less}. Clips made before are there."
+        raise UserError(told) from error
     return clips
 
 

@@ -31,7 +31,11 @@ class ModelOutline:
             for name, parameter in inspect.signature(RDTFPipeline.__init__).parameters.items()
             if parameter.default is not inspect.Parameter.empty
         }
-        named = json.loads((Path(folder) / "model_index.json").read_text(encoding="utf-8"))
+        index = Path(folder) / "model_index.json"
+        named = json.loads(index.read_text(encoding="utf-8"))
+        for name in defaults.keys() & named.keys():
+            if not _alike(named[name], defaults[name]):
+                raise UserError(f"'{index}' has {name} {named[name]!r}, where {defaults[name]!r} could stand. Export the model once more.")
         self.config = SimpleNamespace(**(defaults | {name: value for name, value in named.items() if name in defaults}))
         self.scheduler = _scheduler(Path(folder) / "scheduler" / "scheduler_config.json")
 
@@ -42,4 +46,17 @@ def _scheduler(path: Path) -> Any:
     kind = getattr(diffusers, name, None)
     if kind is None:
         raise UserError(f"'{path}' names the scheduler {name!r}, which diffusers {diffusers.__version__} does not have.")
-    return kind.from_config(config)
+    try:
+        return kind.from_config(config)
+    except Exception as error:  # whatever torch and diffusers say of numbers that make no schedule
+        first_line = str(error).partition("\n")[0]
+        raise UserError(f"'{path}' describes no {name}: {first_line}. Export the model once more.") from error
+
+
+def _alike(value: Any, default: Any) -> bool:
+    """Whether a value may stand for a default: a number, for whole ones one above 0; or as many whole numbers."""
+    if isinstance(default, tuple):
+        return isinstance(value, list) and len(value) == len(default) and all(isinstance(part, int) for part in value)
+    if isinstance(default, float):
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

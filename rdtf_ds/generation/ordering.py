@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from rdtf_ds import __version__
@@ -22,11 +21,12 @@ from rdtf_ds.generation.making import find_made, make_clips, metadata_of
 from rdtf_ds.generation.model_outline import ModelOutline
 from rdtf_ds.generation.prompts import is_frame_number, read_prompts, slug
 from rdtf_ds.generation.sheets import MOST_CLIPS, write_sheets
+from rdtf_ds.models.devices import DTYPES, choose_device
 from rdtf_ds.pipeline import RDTFPipeline
 
 SUFFIXES = (".gif", ".webp", ".png", ".apng", ".mp4", ".webm")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SHEET = "contact_sheet"
+_LARGEST_SIDE = 4096  # pixels of an enlarged clip; beyond, minutes and gigabytes go into a file that no viewer plays
 _SETTINGS = ("frames", "steps", "sampler", "eta", "text_scale", "image_scale")
 
 
@@ -67,6 +67,7 @@ class Order:
         with tqdm(total=len(self.jobs), unit="clip", disable=calls == 1) as bar:
 
             def count(job: Job, path: Path, made: bool) -> None:
+                """A clip is there, made now or before; ``done`` says so even if a later one fails."""
                 self.done += 1
                 bar.update()
 
@@ -100,6 +101,9 @@ def take_order(arguments: argparse.Namespace) -> Order:
     outline = _try(problems, lambda: ModelOutline(arguments.model))
     device, dtype = _try(problems, lambda: _device(arguments.device, arguments.dtype, arguments.offload)) or ("", "")
     ordered = _try(problems, lambda: _jobs(arguments))
+    if outline is not None and arguments.scale > (most := max(1, _LARGEST_SIDE // outline.config.image_size)):
+        wide = arguments.scale * outline.config.image_size
+        problems.append(f"--scale {arguments.scale} makes clips of {wide} pixels a side; with this model give at most {most}.")
     refuse(problems)
     assert outline is not None and ordered is not None
     jobs, told = ordered
@@ -223,12 +227,7 @@ def _pictures(pairs: Sequence[str]) -> dict[int, Path]:
 
 
 def _device(device: str, dtype: str, offload: bool) -> tuple[str, str]:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no GPU here. python tools/doctor.py says why; --device cpu works without one.")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, dtype = choose_device(device, dtype)
     if offload and device == "cpu":
         raise UserError("--offload keeps the GPU's memory free, but the clips are made on the CPU; leave it out.")
-    if dtype == "auto":
-        dtype = "float16" if device == "cuda" else "float32"
     return device, dtype

@@ -121,15 +121,15 @@ def _twice(names: Sequence[str]) -> str | None:
 
 
 def _csv_rows(text: str) -> Rows:
-    reader = csv.DictReader(io.StringIO(text, newline=""), restkey="")
+    reader = csv.DictReader(io.StringIO(text, newline=""))
     try:
         columns = [name.strip() for name in reader.fieldnames or ()]
         if twice := _twice(columns):
             yield reader.line_num, f"the column '{twice}' stands there twice; leave one of them out."
             return
         for row in reader:
-            if "" in row:
-                yield reader.line_num, f"more cells than the {len(row) - 1} columns; quote cells that hold commas."
+            if any(cell.strip() for cell in row.pop(None, None) or ()):  # blank ones are what spreadsheets leave behind
+                yield reader.line_num, f"more cells than the {len(row)} columns; quote cells that hold commas."
                 continue
             filled = {name.strip(): cell for name, cell in row.items() if cell is not None and cell.strip()}
             try:

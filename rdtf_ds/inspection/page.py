@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -76,9 +75,9 @@ def _data(number: int, clip: ClipView) -> dict[str, Any]:
 
 
 def _charts(survey: Survey) -> dict[str, Markup]:
-    frames = np.repeat(np.array(list(survey.frame_counts), np.int64), list(survey.frame_counts.values()))
+    frames = histogram(list(survey.frame_counts), list(survey.frame_counts.values()), whole=True)
     return {
-        "frames": _bars(histogram(frames, whole=True), "frames", whole=True),
+        "frames": _bars(frames, "frames", whole=True),
         "sizes": bubble_chart(
             [Bubble(width, height, count, f"{width} × {height}: {_clips(count)}") for (width, height), count in survey.sizes.items()],
             "width",
@@ -129,6 +128,7 @@ def _notes(survey: Survey) -> Mapping[str, str]:
         "bytes": "each bar twice as many as the one before",
         "alpha": f"{survey.with_alpha / intact:.0%} with transparency" if intact else "",
         "words": f"of {captioned:,} captions" if captioned else "",
+        "frequent": f"so many different words that each may have come {missed:,} times more" if (missed := survey.words_short) else "",
         "variety": _measured(survey),
     }
 

@@ -1,13 +1,14 @@
 """What is in a data folder, in numbers and examples: columns of its index in, nothing decoded.
 
-Lists of paths are capped, with the full count beside them, so that a survey of millions of clips stays a page.
+Lists of paths are capped, with the full count beside them, so that a survey of millions of clips stays a page. The rows are read twice, in
+parts: once to count, once to fetch the few that are shown. Nothing is sampled; of a clip that was read 8 bytes stay.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,7 +18,8 @@ import pyarrow.compute as pc
 
 from rdtf_ds.data.indexing.index_table import BROKEN
 from rdtf_ds.data.sources.captions import words
-from rdtf_ds.inspection.histograms import Histogram, histogram, powers_of_two
+from rdtf_ds.inspection.counting import FrequentWords, Tally, hashes, largest_groups
+from rdtf_ds.inspection.histograms import Histogram, exponents_of_two, histogram, powers_of_two
 from rdtf_ds.inspection.variety import Variety
 
 MOST_PATHS = 50
@@ -26,7 +28,7 @@ MOST_KINDS = 25
 """Kinds of fault, groups of duplicates and frequent words listed."""
 MOST_SIZES = 300
 _EXAMPLES = 12
-_BATCH = 8192
+_SIDE = 2**31  # beyond any format's; width and height of a canvas make one number
 _PUNCTUATION = re.compile(r"^\W+|\W+$")
 _NUMBER = re.compile(r"(?<![\w-])\d+(\.\d+)?(?!\w)")  # not the digits of MP4 and UTF-8
 COLUMNS = (
@@ -68,6 +70,7 @@ class Survey:
         formats, frame_counts, sizes: How many clips each, of sizes the most frequent; these and what follows are of all intact clips.
         seconds, frames_per_second: Of clips that say how long their frames are shown.
         without_caption: Paths.
+        frequent_words: In captions; ``words_short``: counts of words that may be missing in each, as `FrequentWords.short` says.
         equals: Clips of equal content, the largest groups; ``equal_groups`` counts all. Dropped are those with an equal caption, too.
         broken: By kind of reason, the most frequent ones; ``broken_kinds`` counts all.
         variety, variety_clips: Measured on so many of the trainable clips.
@@ -87,6 +90,7 @@ class Survey:
     with_alpha: int
     words: Histogram
     frequent_words: dict[str, int]
+    words_short: int
     captions: list[str]
     without_caption: Capped
     equals: list[Capped]
@@ -107,44 +111,144 @@ class Survey:
         return plain
 
 
-def survey(root: str, summary: str, counts: Mapping[str, int], rows: pa.RecordBatch) -> Survey:
+def survey(root: str, summary: str, counts: Mapping[str, int], read: Callable[[], Iterable[pa.RecordBatch]]) -> Survey:
     """Count everything.
 
     Args:
         summary: The index's line for people.
         counts: The index's own.
-        rows: The ``COLUMNS`` of the index, a row a clip.
+        read: The ``COLUMNS`` of the index, a row a clip, in parts of any length; called twice.
     """
-    table = pa.Table.from_batches([rows])
-    broken = pc.equal(table["status"], BROKEN)
-    intact, faults = table.filter(pc.invert(broken)), _by_kind(table.filter(broken))
-    seconds = _seconds(intact)
-    timed = (seconds > 0) & (intact["num_frames"].to_numpy() > 1)
-    lengths, frequent, examples = _captions(intact["caption"])
-    equals, groups = _equals(intact)
-    sizes, distinct_sizes = _sizes(intact)
+    found = _Counts()
+    for part in read():
+        found.add(part)
+    shown = _Shown(found)
+    for part in read():
+        shown.add(part)
+    sizes, often = found.sizes.read()
+    order = np.argsort(-often, kind="stable")[:MOST_SIZES]
     return Survey(
         root=root,
         summary=summary,
         counts=dict(counts),
-        formats=dict(sorted(_counts(intact["format"]), key=lambda pair: (-pair[1], pair[0]))),
-        frame_counts=dict(sorted(_counts(intact["num_frames"]))),
-        sizes=sizes,
-        distinct_sizes=distinct_sizes,
-        bytes=powers_of_two(intact["size"].to_numpy()),
-        seconds=histogram(seconds[timed]),
-        frames_per_second=histogram(intact["num_frames"].to_numpy()[timed] / seconds[timed]),
-        intact=len(intact),
-        with_alpha=pc.sum(intact["has_alpha"]).as_py() or 0,
-        words=histogram(lengths, whole=True),
-        frequent_words=frequent,
-        captions=examples,
-        without_caption=_first_paths(intact.filter(pc.equal(pc.utf8_trim_whitespace(intact["caption"]), ""))),
-        equals=equals,
-        equal_groups=groups,
-        broken=dict(sorted(faults.items(), key=lambda item: (-item[1].total, item[0]))[:MOST_KINDS]),
-        broken_kinds=len(faults),
+        formats=dict(sorted(found.formats.items(), key=lambda pair: (-pair[1], pair[0]))),
+        frame_counts={int(frames): int(clips) for frames, clips in zip(*found.frame_counts.read(), strict=True)},
+        sizes={divmod(int(sizes[place]), _SIDE): int(often[place]) for place in order},
+        distinct_sizes=len(sizes),
+        bytes=_of_exponents(found.exponents),
+        seconds=histogram(*found.seconds.read()),
+        frames_per_second=histogram(*found.rates.read()),
+        intact=found.intact,
+        with_alpha=found.with_alpha,
+        words=histogram(*found.lengths.read(), whole=True),
+        frequent_words=found.words.most_common(MOST_KINDS),
+        words_short=found.words.short,
+        captions=shown.spread_captions(),
+        without_caption=found.without_caption,
+        equals=list(shown.equals.values()),
+        equal_groups=shown.equal_groups,
+        broken={kind_of_fault(files.first[0]["reason"]): files for files in shown.broken.values()},
+        broken_kinds=shown.broken_kinds,
     )
+
+
+class _Counts:
+    """What the first reading finds.
+
+    Attributes:
+        contents, kinds: A hash for each intact clip's content, and for the kind of each broken one's fault, in the order of the rows.
+    """
+
+    def __init__(self) -> None:
+        self.intact = self.with_alpha = 0
+        self.formats: Counter[str] = Counter()
+        self.frame_counts, self.sizes, self.exponents, self.lengths = (Tally(np.int64) for _ in range(4))
+        self.seconds, self.rates = Tally(np.float64), Tally(np.float64)
+        self.words = FrequentWords()
+        self.without_caption = Capped()
+        self.contents: list[np.ndarray] = []
+        self.kinds: list[np.ndarray] = []
+
+    def add(self, part: pa.RecordBatch) -> None:
+        """Count some more rows."""
+        intact, broken = _apart(part)
+        frames, seconds = intact["num_frames"].to_numpy(), _seconds(intact)
+        timed = (seconds > 0) & (frames > 1)
+        self.intact += len(intact)
+        self.with_alpha += pc.sum(intact["has_alpha"]).as_py() or 0
+        self.formats.update({pair["values"]: pair["counts"] for pair in intact["format"].value_counts().to_pylist()})
+        self.frame_counts.add(frames)
+        self.sizes.add(intact["width"].to_numpy().astype(np.int64) * _SIDE + intact["height"].to_numpy())
+        self.exponents.add(exponents_of_two(intact["size"].to_numpy()))
+        self.seconds.add(seconds[timed])
+        self.rates.add(frames[timed] / seconds[timed])
+        self._add_captions(intact)
+        self.contents.append(hashes(intact["content"].to_pylist(), len(intact)))
+        self.kinds.append(hashes(map(kind_of_fault, broken["reason"].to_pylist()), len(broken)))
+
+    def _add_captions(self, intact: pa.RecordBatch) -> None:
+        lengths: list[int] = []
+        every: list[str] = []
+        for row, caption in enumerate(intact["caption"].to_pylist()):
+            if not caption.strip():
+                self.without_caption.add(intact["path"][row].as_py())
+                continue
+            found = words(caption)
+            lengths.append(len(found))
+            every += found
+        folded: Counter[str] = Counter()
+        for word, count in Counter(every).items():
+            folded[_PUNCTUATION.sub("", word.casefold())] += count
+        del folded[""]  # of punctuation alone
+        self.words.add(folded)
+        self.lengths.add(np.array(lengths, np.int64))
+
+
+class _Shown:
+    """What the second reading fetches: rows of the largest groups, and captions from all over the folder.
+
+    Attributes:
+        equals, broken: By hash, the largest group first.
+    """
+
+    def __init__(self, found: _Counts) -> None:
+        self._contents, self._kinds = (np.concatenate([np.empty(0, np.int64), *parts]) for parts in (found.contents, found.kinds))
+        groups, self.equal_groups = largest_groups(self._contents, MOST_KINDS, at_least=2)
+        kinds, self.broken_kinds = largest_groups(self._kinds, MOST_KINDS, at_least=1)
+        self.equals, self.broken = ({group: Capped() for group in some} for some in (groups, kinds))
+        self._every = max(1, found.intact // (4 * _EXAMPLES))
+        self._captions: list[str] = []
+        self._intact = self._broken = 0  # rows of either kind that were passed
+
+    def add(self, part: pa.RecordBatch) -> None:
+        """Fetch what is wanted of the next rows."""
+        intact, broken = _apart(part)
+        for row in range(-self._intact % self._every, len(intact), self._every):
+            self._captions.append(intact["caption"][row].as_py().strip())
+        for group, row in _members(self._contents[self._intact :], self.equals, intact.select(["path", "caption", "duplicate_of"])):
+            self.equals[group].add({"path": row["path"], "caption": row["caption"], "dropped": row["duplicate_of"] >= 0})
+        for group, row in _members(self._kinds[self._broken :], self.broken, broken.select(["path", "reason"])):
+            self.broken[group].add(row)
+        self._intact += len(intact)
+        self._broken += len(broken)
+
+    def spread_captions(self) -> list[str]:
+        """Some different ones."""
+        there = list(dict.fromkeys(filter(None, self._captions)))
+        return there[:: max(1, len(there) // _EXAMPLES)][:_EXAMPLES]
+
+
+def _apart(part: pa.RecordBatch) -> tuple[pa.RecordBatch, pa.RecordBatch]:
+    """The intact clips and the broken ones."""
+    broken = pc.equal(part["status"], BROKEN)
+    return part.filter(pc.invert(broken)), part.filter(broken)
+
+
+def _members(hashed: np.ndarray, wanted: Mapping[int, Capped], rows: pa.RecordBatch) -> Iterable[tuple[int, dict[str, Any]]]:
+    """(hash, row) of each row that is of one of the groups; ``hashed``: of these rows, and of any after them."""
+    hashed = hashed[: len(rows)]
+    places = np.flatnonzero(np.isin(hashed, np.array(list(wanted), np.int64)))
+    return zip(hashed[places].tolist(), rows.take(pa.array(places)).to_pylist(), strict=True)
 
 
 def kind_of_fault(reason: str) -> str:
@@ -152,25 +256,14 @@ def kind_of_fault(reason: str) -> str:
     return _NUMBER.sub("…", reason)
 
 
-def _counts(column: pa.ChunkedArray) -> list[tuple[Any, int]]:
-    return [(pair["values"], pair["counts"]) for pair in column.value_counts().to_pylist()]
+def _of_exponents(found: Tally) -> Histogram:
+    exponents, counts = found.read()
+    return powers_of_two(np.exp2(exponents), counts)
 
 
-def _first_paths(table: pa.Table) -> Capped:
-    return Capped(table["path"].slice(0, MOST_PATHS).to_pylist(), len(table))
-
-
-def _by_kind(broken: pa.Table) -> dict[str, Capped]:
-    kinds: defaultdict[str, Capped] = defaultdict(Capped)
-    for batch in broken.select(["path", "reason"]).to_batches(max_chunksize=_BATCH):
-        for row in batch.to_pylist():
-            kinds[kind_of_fault(row["reason"])].add(row)
-    return kinds
-
-
-def _seconds(intact: pa.Table) -> np.ndarray:
+def _seconds(intact: pa.RecordBatch) -> np.ndarray:
     """How long each clip is shown, 0 where it does not say: float64."""
-    durations = intact["durations_ms"].combine_chunks()
+    durations = intact["durations_ms"]
     lengths = pc.list_value_length(durations).to_numpy()
     starts = np.cumsum(lengths) - lengths
     seconds = np.zeros(len(lengths))
@@ -178,40 +271,3 @@ def _seconds(intact: pa.Table) -> np.ndarray:
     if there.any():
         seconds[there] = np.add.reduceat(durations.flatten().to_numpy(), starts[there], dtype=np.int64) / 1000
     return seconds
-
-
-def _sizes(intact: pa.Table) -> tuple[dict[tuple[int, int], int], int]:
-    """Clips of the most frequent sizes, and how many sizes there are."""
-    pairs = np.stack([intact["width"].to_numpy(), intact["height"].to_numpy()], axis=1)
-    sizes, counts = np.unique(pairs, axis=0, return_counts=True)
-    order = np.argsort(-counts, kind="stable")[:MOST_SIZES]
-    return {(int(sizes[place][0]), int(sizes[place][1])): int(counts[place]) for place in order}, len(sizes)
-
-
-def _captions(captions: pa.ChunkedArray) -> tuple[Sequence[int], dict[str, int], list[str]]:
-    """Words of each caption there is, the most frequent words, and some captions from all over the folder."""
-    lengths: list[int] = []
-    counted: Counter[str] = Counter()
-    for start in range(0, len(captions), _BATCH):
-        for caption in captions.slice(start, _BATCH).to_pylist():
-            if caption.strip():
-                found = words(caption)
-                lengths.append(len(found))
-                counted.update(filter(None, (_PUNCTUATION.sub("", word) for word in map(str.casefold, found))))
-    places = range(0, len(captions), max(1, len(captions) // (4 * _EXAMPLES)))
-    there = dict.fromkeys(text for place in places if (text := captions[place].as_py().strip()))
-    spread = list(there)[:: max(1, len(there) // _EXAMPLES)]
-    return lengths, dict(counted.most_common(MOST_KINDS)), spread[:_EXAMPLES]
-
-
-def _equals(intact: pa.Table) -> tuple[list[Capped], int]:
-    """The largest groups of clips of equal content, and how many groups there are."""
-    codes = intact["content"].combine_chunks().dictionary_encode().indices.to_numpy()
-    counts = np.bincount(codes)
-    repeated = np.flatnonzero(counts > 1)
-    found = []
-    for code in repeated[np.argsort(-counts[repeated], kind="stable")[:MOST_KINDS]]:
-        members = intact.take(np.flatnonzero(codes == code)[:MOST_PATHS]).select(["path", "caption", "duplicate_of"]).to_pylist()
-        clips = [{"path": row["path"], "caption": row["caption"], "dropped": row["duplicate_of"] >= 0} for row in members]
-        found.append(Capped(clips, int(counts[code])))
-    return found, len(repeated)

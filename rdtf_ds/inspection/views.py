@@ -65,20 +65,19 @@ class ClipView:
     problem: str = ""
 
 
-def pick_clips(ids: np.ndarray, formats: Sequence[str], frame_counts: np.ndarray, count: int, seed: int) -> list[int]:
+def pick_clips(ids: np.ndarray, formats: np.ndarray, frame_counts: np.ndarray, count: int, seed: int) -> list[int]:
     """Some clips of every format and every range of frame counts there are, in turn, drawn by the seed.
 
     Args:
-        ids, formats, frame_counts: Of the clips to pick from, aligned.
+        ids, formats, frame_counts: Of the clips to pick from, aligned; a format is any number of its own.
     Returns:
         Ids, rising; all where there are no more than ``count``.
     """
-    buckets = np.searchsorted(_FRAMES_OF_BUCKETS, frame_counts).tolist()
-    order = numpy_generator(seed, "inspected clips").permutation(len(ids)).tolist()
-    strata: dict[tuple[int, str], list[int]] = {}
-    for place in order:
-        strata.setdefault((buckets[place], formats[place]), []).append(int(ids[place]))
-    names = sorted(strata)
+    order = numpy_generator(seed, "inspected clips").permutation(len(ids))
+    stratum = np.searchsorted(_FRAMES_OF_BUCKETS, frame_counts) * (int(formats.max(initial=0)) + 1) + formats
+    names = np.unique(stratum).tolist()
+    stratum = stratum[order]
+    strata = {name: ids[order[np.flatnonzero(stratum == name)[:count]]].tolist() for name in names}
     numpy_generator(seed, "inspected strata").shuffle(names)  # where there are more strata than clips to pick
     picked: list[int] = []
     turn = 0

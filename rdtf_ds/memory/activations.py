@@ -128,6 +128,7 @@ class _ToHost(saved_tensors_hooks):
 
     def __init__(self, live: LiveBytes) -> None:
         def pack(tensor: Tensor) -> Tensor:
+            """What autograd keeps in the place of an activation: a copy that counts as CPU memory."""
             with live.on_host():
                 return tensor.clone()
 
@@ -158,6 +159,7 @@ def trace_training(network: nn.Module, run: Callable[[], Tensor], inputs: Iterab
     live = LiveBytes([*network.parameters(), *network.buffers(), *inputs])
 
     def arrived(parameter: Tensor) -> None:
+        """Notes a gradient that is complete, lets it go, and begins a new peak."""
         arrivals.append(GradientArrival(parameter.numel(), live.peak, live.now))
         parameter.grad = None
         live.restart_peak()

@@ -103,6 +103,11 @@ def read_encoders(sources: EncodersSection) -> Encoders:
     assumed: list[str] = []
 
     def or_default(read: Callable[[], Any], source: str, default: Any) -> Any:
+        """What ``read`` gives; ``default`` for a source that is not here, which is noted.
+
+        Raises:
+            EncoderNotFound: A folder without a readable config.
+        """
         try:
             return read()
         except EncoderNotFound:

@@ -55,6 +55,7 @@ def largest_micro_batch(setup: Setup, sources: Sources, gpu: GPU) -> int | None:
     sizes = [size for size in range(1, each + 1) if each % size == 0]
 
     def fits(number: int) -> bool:
+        """Whether a micro-batch of ``sizes[number]`` clips does."""
         return plan(replace(setup, micro_batch=sizes[number]), sources, gpu).fits
 
     # More clips never need less, but for the last: a whole step at once has no accumulated gradients beside its own.

@@ -40,6 +40,7 @@ class Group:
 
     @property
     def length(self) -> int:
+        """Elements of the flat group on all ranks together, padding included."""
         return sum(self.sizes) + self.padding
 
     @property
@@ -79,6 +80,7 @@ class Setup:
         offload_optimizer: Masters, moments and gradients wait in CPU memory.
         grad_bytes: Of one number of the summed gradients; 0: as in compute precision.
         frame_counts: How many different numbers of frames steps have: a CPU's kernels are compiled for each.
+        video_decoders: Processes of a rank that decode videos (`rdtf_ds.memory.video_decoders`). Told in reports, in no phase.
     """
 
     ranks: int
@@ -97,6 +99,7 @@ class Setup:
     offload_optimizer: bool = False
     grad_bytes: int = 0
     frame_counts: int = 1
+    video_decoders: int = 0
 
     @property
     def accumulation(self) -> int:
@@ -118,6 +121,7 @@ class Phase:
 
     @property
     def total(self) -> int:
+        """Bytes of all categories."""
         return sum(self.bytes.values())
 
 
@@ -150,6 +154,7 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
+        """Whether the peak is no more than the GPU has; asked of a plan for a GPU alone."""
         return self.margin >= 0
 
 
@@ -329,9 +334,11 @@ def _backward(trace: TrainingTrace, setup: Setup, kept: _Kept, largest: int, on_
     buckets, held = 0, kept.waiting
 
     def moment(activations: int, sent: int = 0) -> Bytes:
+        """Bytes alive by category; ``sent``: of the copy that is on its way to other ranks or into a wider sum."""
         return {"activations": activations, "buckets": buckets + c * large + sent, "gradients": held, "fp32 working copies": leaving}
 
     def reduction(live: int) -> Iterator[Bytes]:
+        """Before what waits in the bucket is summed, and after; ``live``: bytes of activations meanwhile."""
         nonlocal held, reduced
         sent = c * filled if setup.ranks > 1 or wider else 0
         yield moment(live, sent)

@@ -12,6 +12,8 @@ from typing import Any
 from rdtf_ds.memory.host_levers import smallest_changes_on_cpu
 from rdtf_ds.memory.levers import largest_micro_batch, smallest_changes
 from rdtf_ds.memory.planner import MemoryPlan, Sources
+from rdtf_ds.memory.video_decoders import LARGE_BYTES, RESIDENT_BYTES
+from rdtf_ds.wording import counted
 
 CATEGORIES = (
     "weights", "masters", "moments", "EMA", "gradients", "buckets", "fp32 working copies", "activations", "encoders",
@@ -61,6 +63,7 @@ def report_of(made: MemoryPlan, sources: Sources, assumed: Sequence[str], limit:
         "fits": margin >= 0,
         "host_bytes": made.host,
         "seconds": made.seconds,
+        "video_decoders": {"processes": made.setup.video_decoders, "bytes_each": RESIDENT_BYTES, "large_bytes_each": LARGE_BYTES},
         "largest_micro_batch": None,
         "changes": None,
         "assumed_encoders": list(assumed),
@@ -100,6 +103,12 @@ def lines_of(report: Report) -> list[str]:
     if report["host_bytes"]:
         parts = ", ".join(f"{category} {told(size)}" for category, size in _in_order(report["host_bytes"]))
         lines.append(f"CPU memory of each rank beside that: {told(sum(report['host_bytes'].values()))} ({parts}).")
+    if count := report["video_decoders"]["processes"]:
+        each, large = (report["video_decoders"][name] for name in ("bytes_each", "large_bytes_each"))
+        lines.append(
+            f"For clips in WebM or MP4 also, CPU memory of each rank: {counted(count, 'decoder')}, {told(count * each)}; "
+            f"{told(each)} each, up to {told(large)} with frames of 2048 pixels, measured."
+        )
     if report["seconds"]:
         lines.append(f"What is moved costs each step, estimated from its bytes: {_costs(report['seconds'])}.")
     return lines + provisos(report)
@@ -172,6 +181,7 @@ def _table(report: Report) -> list[str]:
     width = max(map(len, (*categories, "total"))) + 1
 
     def line(name: str, sizes: Iterable[int]) -> str:
+        """A name, and a column for each phase of its bytes in the report's unit."""
         return f"{name:<{width}}" + "".join(f"{size / unit:>12.2f}" for size in sizes)
 
     lines = [f"{'':<{width}}" + "".join(f"{phase['name']:>12}" for phase in report["phases"])]

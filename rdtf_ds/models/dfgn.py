@@ -41,6 +41,7 @@ class _Level(nn.Module):
         """Layer ``i`` as one function: what activation checkpointing recomputes at a time."""
 
         def run(hidden: Tensor, temb: Tensor, context: Tensor, frames: int, frame_mask: Tensor | None) -> Tensor:
+            """(b f, C, h, w) -> (b f, the level's width, h, w)."""
             hidden = self.resnets[i](hidden, temb)
             return self.attend(i, hidden, context, frames, frame_mask)
 
@@ -83,6 +84,7 @@ class MidBlock(_Level):
         first = super().unit(0)
 
         def run(hidden: Tensor, temb: Tensor, context: Tensor, frames: int, frame_mask: Tensor | None) -> Tensor:
+            """(b f, C, h, w) -> same."""
             return self.resnets[1](first(hidden, temb, context, frames, frame_mask), temb)
 
         return run
@@ -99,9 +101,11 @@ class _LayerFactory:
         self.temporal = temporal
 
     def resnet(self, width_in: int, width: int) -> Resnet:
+        """(b f, width_in, h, w) and temb -> (b f, width, h, w)."""
         return Resnet(width_in, width, self.temb_width, self.norm_groups)
 
     def transformer(self, width: int) -> SpatialTransformer:
+        """(b f, width, h, w) and the text -> same; heads of ``head_channels`` each."""
         return SpatialTransformer(width, self.head_channels, self.context_dim, self.norm_groups)
 
 
@@ -167,7 +171,10 @@ class DFGN(ModelMixin, ConfigMixin):
         self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
 
         def factory(gamma: int | None) -> _LayerFactory:
+            """What makes the layers of a level; ``gamma`` None: by the size of what they are called with."""
+
             def temporal(width: int) -> nn.Module:
+                """(b f, width, h, w) -> same, across the frames of a clip: STI, or the convolution it is compared with."""
                 if temporal_layer == "conv3d":
                     return TemporalConvLayer(width, norm_groups, sti_kernel_size)
                 return STILayer(width, norm_groups, sti_heads, sti_head_dim, sti_kernel_size, gamma, attention_backend)
@@ -219,6 +226,7 @@ class DFGN(ModelMixin, ConfigMixin):
         text = self.text_projection(context)
 
         def run(unit: Unit, hidden: Tensor) -> Tensor:
+            """A unit with what all units of this call share."""
             return run_unit(self.checkpointing, self.keep_from, unit, hidden, temb, text, frames, frame_mask)
 
         positions = frame_positions(sample.shape[0], frames, len(self.frame_position_scale), frame_mask, like=hidden)

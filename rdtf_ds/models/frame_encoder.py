@@ -8,21 +8,18 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
 from transformers import AutoConfig, CLIPConfig, CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from rdtf_ds.models.clip_pictures import load_whole, pixel_constants
 from rdtf_ds.models.local_weights import KnownHashes, local_folder, weights_hash
 from rdtf_ds.models.missing import EncoderNotFound, Part, load_part
 
 IMAGE_ENCODER = Part("CLIP image encoder", "rdtf.data.frame_features", "openai/clip-vit-base-patch32", ("image_encoder", ""))
-_PREPROCESSING = "preprocessor_config.json"
 _AT_ONCE = 32
-# OpenAI's, https://github.com/openai/CLIP, clip.py
-_DEFAULTS = (("image_mean", (0.48145466, 0.4578275, 0.40821073)), ("image_std", (0.26862954, 0.26130258, 0.27577711)))
 
 
 class CLIPFrames:
@@ -57,7 +54,7 @@ class CLIPFrames:
             folder, weights = local_folder(source, IMAGE_ENCODER), weights_hash(source, IMAGE_ENCODER, hashes)
         if folder is None or weights is None:
             raise EncoderNotFound(IMAGE_ENCODER, source, "its weights are not there")
-        constants = self._constants(folder)
+        constants = pixel_constants(folder, source, IMAGE_ENCODER)
         self.identity = f"clip:{hashlib.sha256(json.dumps([weights, self.size, *constants]).encode()).hexdigest()}"
         self._mean, self._std = (torch.tensor(values, dtype=torch.float32, device=device)[:, None, None] for values in constants)
 
@@ -75,21 +72,9 @@ class CLIPFrames:
     def _load(self) -> CLIPVisionModelWithProjection:
         with self._lock:  # frames may come from several threads
             if self._model is None:
-                model = load_part(_load_model, self._source, IMAGE_ENCODER)
+                model = load_part(partial(load_whole, CLIPVisionModelWithProjection), self._source, IMAGE_ENCODER)
                 self._model = model.requires_grad_(False).eval().to(self._device)
             return self._model
-
-    def _constants(self, folder: Path) -> list[list[float]]:
-        """Mean and deviation of the channels, as the model's own preprocessing has them, else OpenAI's."""
-        path = folder / _PREPROCESSING
-        try:
-            given: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-            constants = [[float(value) for value in given.get(key, default)] for key, default in _DEFAULTS]
-            if any(len(values) != 3 for values in constants) or min(constants[1]) <= 0:
-                raise ValueError(f"image_mean and image_std must be three numbers each, got {constants}")
-            return constants
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise EncoderNotFound(IMAGE_ENCODER, self._source, f"'{path}' cannot be used ({error})") from error
 
 
 def _read_config(source: str, subfolder: str = "") -> CLIPVisionConfig:
@@ -98,10 +83,3 @@ def _read_config(source: str, subfolder: str = "") -> CLIPVisionConfig:
     if not isinstance(config, CLIPVisionConfig):
         raise ValueError(f"it is a {type(config).__name__}, not a CLIP model")
     return config
-
-
-def _load_model(source: str, subfolder: str = "") -> CLIPVisionModelWithProjection:
-    model, report = CLIPVisionModelWithProjection.from_pretrained(source, subfolder=subfolder, output_loading_info=True)
-    if report["missing_keys"]:
-        raise ValueError(f"the weights lack {len(report['missing_keys'])} tensors, such as {min(report['missing_keys'])}")
-    return model

@@ -33,11 +33,11 @@ class EncoderNotFound(UserError):
     """A frozen encoder is neither in the folder nor on the hub under the name given, or cannot be read."""
 
     def __init__(self, part: Part, source: str, reason: str) -> None:
-        places = [f"{sub}/" for sub in part.subfolders if sub]
+        places = " or in ".join(["at its root", *(f"{sub}/" for sub in part.subfolders if sub)])
         super().__init__(
             f"{part.role} not found: {part.key} is {source!r}, but {reason.rstrip('.')}. Download it where there is a network with "
             f"`hf download {part.example} --local-dir FOLDER` (or another of its kind), put FOLDER on this machine and set {part.key} "
-            f"to it (the files lie at its root or in {' or '.join(places)}); a copy in the hub's cache is used without a network under "
+            f"to it (the files lie {places}); a copy in the hub's cache is used without a network under "
             "HF_HUB_OFFLINE=1."
         )
 

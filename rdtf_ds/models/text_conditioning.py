@@ -230,6 +230,11 @@ def _load_pair(model_class: Any, tokenizer_class: Any, source: str, model: Part,
     """An encoder and its tokenizer, from the places their parts name."""
 
     def load_model(path: str, **place: str) -> Any:
+        """The encoder with every weight from the file.
+
+        Raises:
+            ValueError: Some are not in it.
+        """
         encoder, report = model_class.from_pretrained(path, dtype=dtype, output_loading_info=True, **place)
         if report["missing_keys"]:  # transformers would only warn and leave them random
             raise ValueError(f"its weights have no {min(report['missing_keys'])}: they belong to another kind of model")

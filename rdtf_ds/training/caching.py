@@ -117,10 +117,10 @@ def clips_of_cache(cache: FeatureCache, index: ClipIndex) -> ClipIndex:
     if len(missing := np.flatnonzero(~stored & ~broken)):
         raise CacheError(
             f"{len(missing)} of {len(keys)} clips are not in the feature cache '{cache.folder}', the first one "
-            f"'{index.path(index.trainable[missing[0]])}'. Extend it: {cache.make_command(index.root)}"
+            f"'{index.path(index.trainable[missing[0]])}'. Extend it: {cache.make_command(index.source)}"
         )
     if not stored.any():
-        raise CacheError(f"nothing to train on: no clip of '{index.root}' could be decoded for the feature cache '{cache.folder}'.")
+        raise CacheError(f"nothing to train on: no clip of '{index.source}' could be decoded for the feature cache '{cache.folder}'.")
     gone = np.flatnonzero(~stored)
     return index.without({int(index.trainable[at]): cache.broken(keys[at].decode()) or "could not be decoded" for at in gone})
 

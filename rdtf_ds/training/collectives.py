@@ -51,9 +51,11 @@ def patiently_on_rank_zero(work: Callable[[Callable[[], None]], T], beat: Callab
     if dist.get_rank() == 0:
 
         def progress() -> None:
+            """The work got on; noticed when the ranks meet next."""
             steps[0] += 1
 
         def run() -> None:
+            """In its thread: the work's value or error goes to ``answer``, and the meetings end."""
             try:
                 answer[0] = work(progress)
             except BaseException as error:  # every end of it must reach the ranks that wait

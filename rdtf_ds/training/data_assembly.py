@@ -35,15 +35,8 @@ STICKERS, INDEX, THUMBNAIL = "stickers", "index", "thumbnail"
 
 
 def decode_limits(rdtf: RDTFSection) -> DecodeLimits:
-    data = rdtf.data
-    return DecodeLimits(
-        max_pixels=data.max_pixels,
-        max_frames=data.max_frames,
-        max_source_frames=data.max_source_frames,
-        max_bytes=data.max_bytes,
-        max_total_pixels=data.max_total_pixels,
-        timeout_s=data.decode_timeout_s,
-    )
+    """What ``rdtf.data`` lets a clip cost when it is examined or decoded: pixels, frames, bytes, seconds."""
+    return DecodeLimits(**rdtf.data.limits())
 
 
 def index_folder(rdtf: RDTFSection, folder: Path) -> Path:
@@ -105,14 +98,10 @@ def index_clips(
         root,
         decode_limits(rdtf),
         kept,
-        background=data.background,
-        video_clip_s=data.video_clip_s,
-        validation_fraction=data.validation_fraction,
-        group_pattern=data.group_pattern,
-        drop_duplicates=data.drop_duplicates,
         describer=describer,
         on_progress=on_progress,
         retry=retry,
+        **data.index_options(),
     )
     if describer is not None and device.type == "cuda":
         del describer
@@ -135,6 +124,7 @@ def open_data(
     made: list[ClipIndex] = []
 
     def build(progress: Callable[[], None]) -> bytes:
+        """Rank 0's part: the run's index, for a cache without the clips that it could not take, pickled for the others."""
         rdtf = experiment.rdtf
         keys = index_keys(rdtf, _ready_root(rdtf, folder))
         index = reopen_or_build(folder, named, keys, reindex, lambda: make_index(rdtf, folder, device, lambda done, total: progress()))

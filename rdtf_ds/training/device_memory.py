@@ -132,7 +132,8 @@ class PeakMeter(Protocol):
 
     by_phase: bool
 
-    def restart(self) -> None: ...
+    def restart(self) -> None:
+        """Begin a new peak at what is held now; where that is not possible, ``by_phase`` says so."""
 
     def read(self) -> dict[str, int]:
         """Bytes: ``peak``, which the planner predicts, and others of the same device."""
@@ -148,9 +149,11 @@ class CardPeaks:
         self._device = device
 
     def restart(self) -> None:
+        """Both peaks begin anew at what is held now, for everyone who reads PyTorch's statistics of this device."""
         torch.cuda.reset_peak_memory_stats(self._device)
 
     def read(self) -> dict[str, int]:
+        """Bytes since the last restart, of this process alone."""
         held = torch.cuda.memory_stats_as_nested_dict(self._device)
         return {"peak": held["allocated_bytes"]["all"]["peak"], "reserved": held["reserved_bytes"]["all"]["peak"]}
 
@@ -171,6 +174,7 @@ class ResidentPeaks:
         self._bare = psutil.Process().memory_info().rss
 
     def restart(self) -> None:
+        """Ask Linux to forget the peak; refused once, ``by_phase`` is False for good."""
         try:
             with open(self._clear, "wb", buffering=0) as file:
                 file.write(b"5")
@@ -178,6 +182,7 @@ class ResidentPeaks:
             self.by_phase = False
 
     def read(self) -> dict[str, int]:
+        """Bytes since the last restart, or of the whole run without ``by_phase``; ``peak`` is never negative."""
         peak = self._highest() if self.by_phase else whole_peak()
         return {"peak": max(0, peak - self._bare), "rss": peak}
 

@@ -230,7 +230,9 @@ def _not_indexed(rdtf: RDTFSection, kept: Path) -> tuple[int, int]:
             return listing.table.num_rows, listing.table.num_rows
         clip = CLIPFrames(model, torch.device("cpu"), KnownHashes(kept, write=False))
         features = {"features": clip.identity, "dim": clip.dim, "dtype": "float16"}
-    settings = IndexSettings(listing.root, decode_limits(rdtf), rdtf.data.background, video_clip_s=rdtf.data.video_clip_s, **features)
+    settings = IndexSettings(
+        listing.root.resolve(), decode_limits(rdtf), rdtf.data.background, video_clip_s=rdtf.data.video_clip_s, **features
+    )
     clips, _ = take_over(listing.table, read_segments(kept, settings))
     return listing.table.num_rows, len(to_examine(listing.table, clips))
 

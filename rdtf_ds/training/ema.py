@@ -17,9 +17,11 @@ class HoldsWeights(Protocol):
     """What `ShardedEMA.applied_to` needs of the engine."""
 
     @property
-    def masters(self) -> list[Tensor]: ...
+    def masters(self) -> list[Tensor]:
+        """This rank's fp32 shard of each group: what is shown again once the mean has had its turn."""
 
-    def show(self, shards: Sequence[Tensor]) -> None: ...
+    def show(self, shards: Sequence[Tensor]) -> None:
+        """Put fp32 shards, one per group, into the compute-precision weights of all ranks; the masters stay as they are."""
 
 
 class ShardedEMA:

@@ -151,6 +151,7 @@ class TrainedModel(nn.Module):
         self.paddings = nn.ParameterDict({group.name: nn.Parameter(torch.zeros(group.padding)) for group in groups if group.padding})
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the network gives for the same arguments; the paddings take no part."""
         return self.model(*args, **kwargs)
 
 
@@ -207,6 +208,7 @@ class TrainingEngine:
 
     @property
     def device(self) -> torch.device:
+        """Where the weights and the loss are; batches must be there, too."""
         return torch.device(self._ds.device)
 
     @property
@@ -223,6 +225,7 @@ class TrainingEngine:
 
     @property
     def attempted_steps(self) -> int:
+        """Optimizer steps of the run so far, skipped ones among them; a loaded checkpoint brings its own."""
         return int(self._ds.global_steps)
 
     @property

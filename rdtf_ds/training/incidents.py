@@ -28,11 +28,16 @@ class Outcome(Protocol):
     """The part of a `StepOutcome` that is counted: see `rdtf_ds.training.engine`."""
 
     @property
-    def applied(self) -> bool: ...
+    def applied(self) -> bool:
+        """Whether the weights were updated."""
+
     @property
-    def bad(self) -> bool: ...
+    def bad(self) -> bool:
+        """Skipped for numbers that are not finite, and not in fp16's search for a loss scale."""
+
     @property
-    def sample_losses(self) -> tuple[float, ...]: ...
+    def sample_losses(self) -> tuple[float, ...]:
+        """Of each sample, in global batch order, as the plan has them."""
 
 
 class NumbersWentBad(UserError):

@@ -124,6 +124,7 @@ def ctrl_c_waits() -> Iterator[None]:
     noted: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
+        """The first one is kept for the end of the context; the second raises KeyboardInterrupt here."""
         if noted:
             signal.default_int_handler(number, frame)
         noted.append(number)

@@ -54,6 +54,7 @@ class Named:
     keys: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
+        """What a checkpoint's manifest has under ``index``."""
         return asdict(self)
 
 

@@ -48,6 +48,7 @@ class GrowingFile:
         return None
 
     def close(self) -> None:
+        """Without another `pass_on`: what still waits is lost."""
         self._file.close()
 
 
@@ -67,9 +68,11 @@ class Board:
         self._add(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
 
     def scalar(self, tag: str, value: float, step: int) -> None:
+        """A point of a curve; in the file once `GrowingFile.pass_on` of ``file`` succeeds, as everything here."""
         self._add(Event(step=step, summary=scalar(tag, value)))
 
     def text(self, tag: str, markdown: str, step: int) -> None:
+        """A page of Markdown that stands under its tag."""
         self._add(Event(step=step, summary=text(tag, markdown)))
 
     def picture(self, tag: str, data: bytes, height: int, width: int, step: int) -> None:

@@ -51,6 +51,7 @@ def check_memory(experiment: Experiment, world_size: int, device: torch.device, 
         raise on_every_rank(UserError(f"{' '.join(faults)} --ignore_memory_plan starts it all the same."))
 
     def say() -> None:
+        """The verdict on standard error, and what ``ignore`` lets pass."""
         print(f"Memory, predicted {above(room)}. {verdict(report)}", file=sys.stderr, flush=True)
         for fault in faults:
             print(f"Warning: {fault} It starts all the same (--ignore_memory_plan).", file=sys.stderr, flush=True)
@@ -138,6 +139,7 @@ def keep_plan(report: Report | None, folder: Path, log: RunLog, first_step: int)
     table = "\n".join(lines_of(report))
 
     def keep() -> None:
+        """Rank 0's part: its UserError reaches every rank."""
         try:
             write_atomically(folder / TABLE, f"{table}\n".encode())
         except OSError as error:

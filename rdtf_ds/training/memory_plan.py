@@ -16,6 +16,7 @@ from rdtf_ds.memory.encoders import AutoencoderTracer, Encoders, read_encoders
 from rdtf_ds.memory.gpus import GPU
 from rdtf_ds.memory.host import plan_on_cpu
 from rdtf_ds.memory.planner import AUTOENCODER, Group, MemoryPlan, Setup, Sources, plan
+from rdtf_ds.memory.video_decoders import video_decoders
 from rdtf_ds.training.assembly import build_model
 from rdtf_ds.training.encoders import DTYPES
 from rdtf_ds.training.optimizer import split_parameters
@@ -71,6 +72,7 @@ def describe(experiment: Experiment, ranks: int, encoders: Encoders, device_type
     tracer = DFGNTracer(lambda: build_model(traced, *widths), shape, dtype)
 
     def groups(group_size: int) -> tuple[Group, ...]:
+        """As training splits the parameters with this group size, of a network without data."""
         with torch.device("meta"):
             model = build_model(traced, *widths)
         split = split_parameters(
@@ -95,6 +97,7 @@ def describe(experiment: Experiment, ranks: int, encoders: Encoders, device_type
         offload_optimizer=zero.get("offload_optimizer") is not None,
         grad_bytes=4 if experiment.deepspeed.get("data_types", {}).get("grad_accum_dtype") == "fp32" else dtype.itemsize,
         frame_counts=min(rdtf.data.frames - rdtf.data.k_min + 1, rdtf.max_steps) if rdtf.data.dual_mask else 1,
+        video_decoders=video_decoders(rdtf.data.workers, rdtf.memory.encoders),
     )
     return setup, Sources(
         groups=cache(groups),

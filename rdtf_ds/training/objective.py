@@ -26,19 +26,32 @@ class Clips(Protocol):
     """The part of a `Batch` the objective reads: see `rdtf_ds.data.dataset`."""
 
     @property
-    def frames(self) -> Tensor | None: ...
+    def frames(self) -> Tensor | None:
+        """uint8 (B, 3, F, H, W); None if `features` take their place."""
+
     @property
-    def features(self) -> StoredFeatures | None: ...
+    def features(self) -> StoredFeatures | None:
+        """What a cache holds of the clips, zero in padded frames; None if they are to be encoded."""
+
     @property
-    def condition_mask(self) -> Tensor: ...
+    def condition_mask(self) -> Tensor:
+        """bool (B, F), True = the model sees this frame clean."""
+
     @property
-    def frame_mask(self) -> Tensor: ...
+    def frame_mask(self) -> Tensor:
+        """bool (B, F), True = a real frame, which counts in the loss."""
+
     @property
-    def captions(self) -> Sequence[str]: ...
+    def captions(self) -> Sequence[str]:
+        """B texts, hidden words as "#"; with `features` those that they are of."""
+
     @property
-    def timestep(self) -> Tensor: ...
+    def timestep(self) -> Tensor:
+        """int64 (B,), diffusion steps from 0."""
+
     @property
-    def noise(self) -> Tensor: ...
+    def noise(self) -> Tensor:
+        """float32 (B, C, F, h, w), zero in padded frames."""
 
 
 class Features(NamedTuple):

@@ -39,6 +39,7 @@ def name_what_went_bad(run: Run, log: RunLog, batches: Sequence[Batch], record: 
 
 def _look(run: Run, batch: Batch, scale: float) -> Finding | None:
     def losses() -> Tensor:
+        """(B,) with graph: the micro-batch encoded and put through the bare network once more."""
         return run.objective.losses(run.engine.model, run.objective.encode(batch))
 
     try:

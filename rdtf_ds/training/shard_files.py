@@ -54,19 +54,27 @@ def shard_files(offloaded: bool = False) -> Any:
             self.written: dict[str, Digest] = {}
             self.prepared: dict[str, Any] = {}
 
-        def create(self, info: Any) -> None: ...
+        def create(self, info: Any) -> None:
+            """DeepSpeed announces a save. Nothing is to be done: the folder is there."""
 
         def save(self, state_dict: Any, path: str) -> None:
+            """A file that is on the disk when this returns; its digest goes to ``written``, what went wrong to ``failure``."""
             try:
                 self.written[Path(path).name] = write_file(Path(path), lambda file: torch.save(state_dict, file))
             except Exception as error:  # a full disk shows as OSError or RuntimeError; whatever it is, the others must hear of it
                 self.failure = f"{path}: {error}"
 
         def prepare(self, folder: Path, written_by: int, rank: int, world_size: int) -> None:
+            """Read what rank ``rank`` of ``world_size`` takes of a checkpoint that ``written_by`` ranks wrote, for `load`.
+
+            Raises:
+                CheckpointError: So many ranks cannot share it; and what `read_shard` says of a file.
+            """
             # Memory-mapped: of the other ranks' files no more is read than what is taken from them.
             shards = [Reopened(partial(read_shard, shard_path(folder, old))) for old in range(written_by)]
 
             def model() -> Any:
+                """The weights and counters for so many ranks, from the file again, so that nothing is held in between."""
                 return model_states(read_shard(folder / MODEL_STATES), world_size)
 
             model()  # that it can be read is known before anything changes
@@ -76,10 +84,12 @@ def shard_files(offloaded: bool = False) -> Any:
             self.prepared = {"model_states.pt": model, "optim_states.pt": lambda: _with_moments_as(writes, shard)}
 
         def load(self, path: str, map_location: Any = None) -> Any:
+            """What was prepared of the kind of file ``path`` names, whichever rank's; on the CPU, where DeepSpeed copies from."""
             (suffix,) = [suffix for suffix in self.prepared if path.endswith(suffix)]
             return self.prepared[suffix]()
 
         def commit(self, info: Any) -> bool:
+            """True, for DeepSpeed. A checkpoint counts once its manifest is there, which is written after all shards."""
             return True
 
     return ShardFiles()

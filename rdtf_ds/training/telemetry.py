@@ -126,8 +126,12 @@ def memory_bytes() -> dict[str, int]:
 class Mark(Protocol):
     """A point of time on a device, as `torch.cuda.Event` is one."""
 
-    def record(self) -> object: ...
-    def synchronize(self) -> object: ...
+    def record(self) -> object:
+        """Set the mark behind the work given to the device so far."""
+
+    def synchronize(self) -> object:
+        """Wait until the device has come to the mark."""
+
     def elapsed_time(self, end_event: Any) -> float:
         """Milliseconds from here to another."""
 
@@ -136,12 +140,14 @@ class HostMark:
     """A point of time of this process: without a GPU, work is done when its call returns."""
 
     def record(self) -> None:
+        """The mark is now; a later call moves it."""
         self._seconds = time.perf_counter()
 
     def synchronize(self) -> None:
         """Nothing to wait for."""
 
     def elapsed_time(self, end_event: HostMark) -> float:
+        """Milliseconds from here to another, both recorded; negative if that was before."""
         return 1e3 * (end_event._seconds - self._seconds)
 
 
@@ -311,6 +317,7 @@ class RunLog:
         return None if self._quiet else self._pass_on(sync=True)
 
     def close(self) -> None:
+        """Put everything logged on disk, as far as it takes it, and close files and bar; leaving the context does this."""
         if self._quiet:
             return
         self.flush()

@@ -130,10 +130,11 @@ def build_pipeline(run: Run, encoders: Callable[[], FrozenEncoders] | None = Non
     if isinstance(encoders, LateEncoders):
 
         def make() -> RDTFPipeline:
+            """Takes encoders from whoever loaded them first, or loads them (UserError); text stays on the CPU."""
             late = encoders()
             return visiting_pipeline(network, late.autoencoder, late.text, rdtf)
 
-        return LatePipeline(make, say=False)  # the encoders say it themselves
+        return LatePipeline(make)
     build = visiting_pipeline if rdtf.memory.encoders == "cpu" else around
     return build(network, encoders().autoencoder, encoders().text, rdtf)
 
@@ -148,6 +149,7 @@ def validation_requests(run: Run) -> list[Request]:
     rdtf, index = run.experiment.rdtf, run.index
 
     def decode(clip_id: int) -> np.ndarray | None:
+        """All kept frames, uint8 (F, H, W, 3), or None if the clip cannot be read."""
         return _frames(rdtf, index, clip_id)
 
     # What every rank read for itself could differ, were a file slow or unreadable for one of them.
@@ -161,6 +163,7 @@ def held_out_clips(run: Run) -> list[HeldOutClip]:
     rdtf, index = run.experiment.rdtf, run.index
 
     def clips() -> Iterator[HeldOutClip]:
+        """All of them that can be read, in an order drawn with the seed, each read when it is asked for."""
         for clip_id in numpy_generator(rdtf.seed, "held-out clips").permutation(validation_ids(index)).tolist():
             frames = _frames(rdtf, index, clip_id)
             if frames is not None:
@@ -192,6 +195,11 @@ def _build_fvd(run: Run, log: RunLog) -> TrainingFVD:
     ids = on_rank_zero(lambda: _clips_of(index, rdtf.seed, wanted, frames))
 
     def read(number: int) -> RealClip:
+        """The real clip at place ``number`` of ``ids``, ``frames`` evenly spaced frames of it.
+
+        Raises:
+            UserError: It cannot be read any more, or became shorter.
+        """
         pixels = _frames(rdtf, index, ids[number])
         if pixels is None or len(pixels) < frames:
             raise UserError(f"'{index.path(ids[number])}' can no longer be read.")

@@ -35,10 +35,12 @@ class Costs:
         return replace(self, **{name: value for name, value in seconds.items() if value is not None})
 
     def to_json(self) -> dict[str, float | None]:
+        """Seconds by name, null for what was never carried out."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, row: Mapping[str, float | None]) -> Costs:
+        """Undo `to_json`; what the row lacks was never carried out, what only it knows is passed over."""
         return cls(**{name: row.get(name) for name in asdict(cls())})
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +11,6 @@ from rdtf_ds.models.dfgn import DFGN
 from rdtf_ds.models.text_conditioning import TextEncoders
 from rdtf_ds.pipeline import RDTFOutput, RDTFPipeline
 from rdtf_ds.samplers import make_sampler
-
-_log = logging.getLogger(__name__)
 
 
 def around(
@@ -43,17 +40,15 @@ def around(
 
 
 class LatePipeline:
-    """Makes its pipeline at the first call; if that fails, every later call says so again without another try.
+    """Makes its pipeline at the first call.
 
     Args:
         make: the pipeline; loads the encoders.
-        say: whether to tell of it, as one rank should.
     """
 
-    def __init__(self, make: Callable[[], RDTFPipeline], say: bool) -> None:
-        self._make, self._say = make, say
+    def __init__(self, make: Callable[[], RDTFPipeline]) -> None:
+        self._make = make
         self._pipeline: RDTFPipeline | None = None
-        self._failure: Exception | None = None
         self._bar: dict[str, Any] = {}
 
     def set_progress_bar_config(self, **options: Any) -> None:
@@ -66,20 +61,8 @@ class LatePipeline:
         Raises:
             UserError: encoders that cannot be loaded, or whatever the pipeline refuses.
         """
-        pipeline = self._loaded()
-        pipeline.set_progress_bar_config(**self._bar)
-        output: RDTFOutput = pipeline(*arguments, **options)
-        return output
-
-    def _loaded(self) -> RDTFPipeline:
-        if self._failure is not None:
-            raise self._failure
         if self._pipeline is None:
-            if self._say:
-                _log.warning("Validation needs the frozen encoders, which training from the cache does not: loading them on the CPU")
-            try:
-                self._pipeline = self._make()
-            except Exception as error:
-                self._failure = error
-                raise
-        return self._pipeline
+            self._pipeline = self._make()
+        self._pipeline.set_progress_bar_config(**self._bar)
+        output: RDTFOutput = self._pipeline(*arguments, **options)
+        return output

@@ -9,6 +9,7 @@ import html
 import os
 import random
 import threading
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from rdtf_ds.web.studio import Made, Studio  # noqa: E402
 CSS = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 SEEDS = 2**31
 WAITING = 20  # people in the queue; the next one is told to come again
+LEFT = 50 * WAITING  # visitors known to have left: many more than can have been in the queue
 UPLOAD_LIMIT = "32mb"
 QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
@@ -62,9 +64,9 @@ def build(studio: Studio, title: str) -> gr.Blocks:
                     press = gr.Button("Make the clip", variant="primary", scale=3, elem_id="make")
                     stop = gr.Button("Stop", scale=1, min_width=80, elem_id="stop")
                 clip = gr.Image(label="Clip", type="filepath", interactive=False, height=360, buttons=["fullscreen"], elem_id="clip")
-                file = gr.File(label="GIF file", interactive=False, elem_id="file")
+                file = gr.File(label="GIF file", interactive=False, height=125, elem_id="file")
                 notes = gr.Markdown(elem_id="notes")
-        desk = Desk(studio)
+        desk = Desk(studio, page)
         marked = [task.change, settings[0].change]
         gr.on(marked, _marker(most), [task, settings[0]], [told, *slots], **QUICK)
         values = [prompt, task, *settings, *slots]
@@ -79,7 +81,7 @@ def build(studio: Studio, title: str) -> gr.Blocks:
             api_visibility="private",
         )
         stop.click(desk.stop, cancels=made, **QUICK)  # out of the queue at once, or out of the model after a step
-        page.unload(desk.stop)
+        page.unload(desk.leave)
     return page.queue(max_size=WAITING)
 
 
@@ -108,8 +110,8 @@ def _settings(studio: Studio) -> list[gr.components.Component]:
     """Components in the order in which ``job_of`` takes their values."""
     config, within = studio.pipeline.config, limits(studio)
     with gr.Row():
-        num_frames = gr.Slider(*within[FRAMES], config.max_frames, step=1, label=FRAMES, elem_id="num-frames")
-        frame_ms = gr.Slider(*within[FRAME_MS], config.frame_ms, step=10, label=FRAME_MS, elem_id="frame-ms")
+        num_frames = gr.Slider(*within[FRAMES], config.max_frames, step=1, label=FRAMES, scale=2, elem_id="num-frames")
+        frame_ms = gr.Slider(*within[FRAME_MS], config.frame_ms, step=10, label=FRAME_MS, scale=3, elem_id="frame-ms")
     with gr.Row(equal_height=False):
         seed = gr.Number(0, label=SEED, info="the same seed and settings make the same clip", precision=0, minimum=0, elem_id="seed")
         other = gr.Button("Another seed", scale=0, min_width=130, size="md", elem_id="other-seed")
@@ -126,6 +128,7 @@ def _marker(slots: int) -> Callable[[str, int], list[Any]]:
     """A function of (task, frames): the hint, and every slot's name."""
 
     def mark(task: str, num_frames: int) -> list[Any]:
+        """The hint, and an update of each slot's label for this task and number of frames."""
         preset = Preset(task)
         return [hint(preset, num_frames), *(gr.update(label=slot_name(number, preset, num_frames)) for number in range(slots))]
 
@@ -135,21 +138,36 @@ def _marker(slots: int) -> Callable[[str, int], list[Any]]:
 class Desk:
     """What the buttons do, for every visitor by the session that gradio gives them."""
 
-    def __init__(self, studio: Studio) -> None:
-        self._studio = studio
+    def __init__(self, studio: Studio, page: gr.Blocks) -> None:
+        self._studio, self._page = studio, page
         self._running: dict[str | None, threading.Event] = {}
+        self._left: deque[str | None] = deque(maxlen=LEFT)
 
     def make(self, request: gr.Request, progress: gr.Progress = gr.Progress(), *values: Any) -> tuple[str, str, str]:  # noqa: B008
         """(values of the page) -> the GIF to show, the file to offer, what to say of it. gradio fills in the first two by their kinds."""
         stopped = self._running[request.session_hash] = threading.Event()
         progress(0, desc="Waiting for the model")
 
-        def on_step(done: int, steps: int) -> None:
-            if stopped.is_set():
+        def go_on() -> None:
+            """Asked before the work begins and between two steps.
+
+            Raises:
+                UserError: The visitor stopped it, or is no longer there to wait for it.
+            """
+            if stopped.is_set() or not self._waited_for(request.session_hash):
                 raise UserError("Stopped.")
+
+        def on_step(done: int, steps: int) -> None:
+            """Moves the bar; between two steps is where a clip can be stopped.
+
+            Raises:
+                UserError: The visitor asked for that, or nobody waits for the clip any more.
+            """
+            go_on()
             progress((done, steps), desc="Sampling")
 
         try:
+            go_on()
             job = job_of(self._studio, *values)
             made = self._studio.make(job, on_step)
         except UserError as error:
@@ -160,6 +178,20 @@ class Desk:
         finally:
             self._running.pop(request.session_hash, None)
         return str(made.path), str(made.path), _told(made, job)
+
+    def _waited_for(self, session: str | None) -> bool:
+        """Whether the page is served and the visitor still listens for what is made.
+
+        gradio lets a function go on whoever leaves. Only a browser's page has an ``unload``; a request made by hand has a connection, and
+        when it ends gradio no more than marks the event in its table of what runs, for which it has no public name.
+        """
+        running = (event for events in self._page._queue.active_jobs if events for event in events)
+        listens = all(event.alive for event in running if event.session_hash == session)
+        return self._page.is_running and listens and session not in self._left
+
+    def leave(self, request: gr.Request) -> None:
+        """The visitor closed the page: their clip ends after the step it is at, or before the first if it is still in the queue."""
+        self._left.append(request.session_hash)
 
     def stop(self, request: gr.Request) -> None:
         """Ends the visitor's clip after the step it is at; nothing to do if none is being made."""
@@ -175,7 +207,7 @@ def _told(made: Made, job: Job) -> str:
 
 
 def serve(page: gr.Blocks, host: str = "127.0.0.1", port: int | None = None) -> str:
-    """Start serving in the background and return the address; ``page.close()`` ends it.
+    """Start serving in the background and return the address; ``page.close()`` ends it, and the clip in the making after a step.
 
     Args:
         host: 127.0.0.1 is this machine alone; 0.0.0.0 is everyone who can reach it.

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from rdtf_ds.errors import UserError
@@ -17,9 +16,9 @@ from rdtf_ds.exported_model import model_hash
 from rdtf_ds.generation.jobs import Job
 from rdtf_ds.generation.making import make_clips
 from rdtf_ds.generation.pictures import open_picture
+from rdtf_ds.models.devices import DTYPES, choose_device
 from rdtf_ds.pipeline import RDTFPipeline
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 UPLOADED = {"_type": "gradio.FileData"}
 OnStep = Callable[[int, int], None]
 
@@ -104,13 +103,9 @@ def open_studio(model: Path, folder: Path, device: str = "auto", dtype: str = "a
     Raises:
         UserError: no model there or a damaged one, or no GPU.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no GPU here. python tools/doctor.py says why; --device cpu works without one.")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype == "auto":
-        dtype = "float16" if device == "cuda" else "float32"
+    device, dtype = choose_device(device, dtype)
     pipeline = RDTFPipeline.from_pretrained(model, torch_dtype=DTYPES[dtype]).to(device)
+    pipeline.set_progress_bar_config(disable=True)  # the page shows how far a clip is
     return Studio(pipeline, folder, {"model": model_hash(model)})
 
 

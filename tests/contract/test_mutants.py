@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import pkgutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+import tests.mutants
 from rdtf_ds.errors import UserError
 from tests.mutants import MUTANTS, Mutant
 from tools.mutants import check_that_wrongs_fit, judge, verdict_of
@@ -29,6 +32,16 @@ def test_every_wrong_fits_the_code(mutant: Mutant, project_root: Path) -> None:
 
 def test_names_are_distinct_and_many() -> None:
     assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) >= 15
+
+
+def test_a_wrong_stands_in_the_file_of_its_package() -> None:
+    names = [found.name for found in pkgutil.iter_modules(tests.mutants.__path__) if found.name != "mutant"]
+    areas = {name: vars(import_module(f"tests.mutants.{name}"))[name.upper()] for name in names}
+    for area, mutants in areas.items():
+        for mutant in mutants:
+            _, *packages, _ = Path(mutant.file).parts
+            assert area == (packages[0] if packages else "modules"), mutant.name
+    assert {mutant.name for mutant in MUTANTS} == {mutant.name for mutants in areas.values() for mutant in mutants}
 
 
 def test_a_wrong_must_fit_exactly_once() -> None:
@@ -64,7 +77,7 @@ def test_tests_that_cannot_be_collected_notice_nothing(tmp_path: Path) -> None:
 
 def test_code_that_moved_away_is_named_before_anything_runs(tmp_path: Path) -> None:
     pristine = small_project(tmp_path)
-    with pytest.raises(UserError, match=r"tests/mutants\.py: stale: '5' stands 0 times in code_under_test\.py"):
+    with pytest.raises(UserError, match=r"tests/mutants/: stale: '5' stands 0 times in code_under_test\.py"):
         check_that_wrongs_fit(pristine, [Mutant("stale", "code_under_test.py", old="5", new="6", tests=("test_it.py",))])
 
 

@@ -38,6 +38,17 @@ def broken(name: str, reason: str, transient: bool = False) -> dict[str, Any]:
     return found(name, 0, status=BROKEN, reason=reason, transient=transient, format="", width=0, height=0)
 
 
+KINDS: list[dict[str, Any]] = [
+    {**found("a.gif", 4), "caption": "a cat"},
+    {**found("b.webp", 9, format="webp"), "group": "x"},
+    broken("c.gif", "truncated"),
+    found("d.gif", 2),
+    {**found("e.gif", 3), "held_out": True, "group": "y"},
+    {**found("f.gif", 4), "duplicate_of": 0, "caption": "a cat"},
+]
+"""With a caption, with a group, broken, static, held out, and the first one again."""
+
+
 def features_of(row: dict[str, Any], number: int, settings: IndexSettings) -> np.ndarray | None:
     """Frame f of row ``number`` is all 10·number + f."""
     if row["status"] == BROKEN:

@@ -6,13 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rdtf_ds.exit_codes import RESTART
-from rdtf_ds.processes import descendants, read_process
+from rdtf_ds.processes import descendants
+from tests.waiting import gone, until
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
@@ -56,24 +56,12 @@ def trainer(folder: Path, kind: str) -> Iterator[subprocess.Popen[bytes]]:
         process.wait()
 
 
-def until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline, f"never came: {what}"
-        time.sleep(0.02)
-
-
 def worker(folder: Path) -> tuple[int, int]:
     """pid of the worker and of its trainer."""
     path = folder / "worker"
-    until(lambda: path.exists() and path.read_text().endswith("\n"), f"a worker; {(folder / 'stderr.txt').read_text()}")
+    until(lambda: path.exists() and path.read_text().endswith("\n"), lambda: f"a worker; {(folder / 'stderr.txt').read_text()}")
     own, parent = path.read_text().split()
     return int(own), int(parent)
-
-
-def gone(pid: int) -> bool:
-    process = read_process(pid)
-    return process is None or process.ended
 
 
 def ignored(pid: int) -> set[signal.Signals]:
@@ -87,7 +75,7 @@ def test_a_stuck_worker_ignores_stop_signals_and_dies_with_its_trainer(tmp_path)
         assert parent == process.pid
         assert {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1} <= ignored(pid)
         process.kill()
-        until(lambda: gone(pid), "the worker's end")
+        until(lambda: gone(pid), lambda: "the worker's end")
         process.wait()
 
 

@@ -116,9 +116,15 @@ def test_what_does_not_fit_is_told(folder: Path, tmp_path: Path) -> None:
         Known().score(clips(2), ["red", "pink"], ["red"])
     with pytest.raises(ValueError, match="2 clips need as many captions"):
         Known().score(clips(2), ["red"])
-    with pytest.raises(EncoderNotFound, match=r"CLIP for similarity not found: --clip is .*hf download openai/clip-vit"):
+    words = r"CLIP for similarity not found: --clip is .*hf download openai/clip-vit.*\(the files lie at its root\)"
+    with pytest.raises(EncoderNotFound, match=words):
         ClipScorer(str(tmp_path))
     shutil.copytree(folder, tmp_path / "torn")
     (tmp_path / "torn" / "model.safetensors").write_bytes(b"torn")
     with pytest.raises(EncoderNotFound, match="loading it fails"):
         ClipScorer(str(tmp_path / "torn"))
+    shutil.copytree(folder, tmp_path / "odd")
+    for text in ('{"image_std": [0, 1, 1]}', '{"image_mean": "grey"}', '{"image_mean": [0.5]}', '{"image_std": [NaN, 1, 1]}', "["):
+        (tmp_path / "odd" / "preprocessor_config.json").write_text(text)
+        with pytest.raises(EncoderNotFound, match=r"--clip is .*preprocessor_config.json' cannot be used"):
+            ClipScorer(str(tmp_path / "odd"))

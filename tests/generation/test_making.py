@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from rdtf_ds.data.clips.clip import DecodeLimits
@@ -180,3 +181,16 @@ def test_pictures_from_files_are_those_in_memory(tmp_path: Path) -> None:
     make([replace(JOBS[0], pictures={1: tmp_path / "red.webp"})], tmp_path / "out")
     assert make([replace(JOBS[0], pictures={1: RED})], tmp_path / "out").made == ()
     assert make([replace(JOBS[0], pictures={1: Image.fromarray(RED)})], tmp_path / "out").made == ()
+
+
+@pytest.mark.parametrize(("batch", "words"), [(3, r"3 clips at once. Take fewer at once \(--batch\)"), (1, "1 clip at once. Take float16")])
+def test_a_gpu_that_is_too_small_is_told_and_clips_made_before_stay(tmp_path: Path, batch: int, words: str) -> None:
+    class Small(QuickPipeline):
+        def __call__(self, *arguments: Any, **options: Any) -> Any:
+            if len(self.calls) == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return super().__call__(*arguments, **options)
+
+    with pytest.raises(UserError, match=f"the GPU's memory does not do for {words}.*Clips made before are there"):
+        make(JOBS, tmp_path, Small(), batch=batch)
+    assert len(list(tmp_path.glob("*.png"))) == batch

@@ -97,6 +97,12 @@ def test_a_wrong_line_is_named(tmp_path: Path, line: str, told: str) -> None:
     assert str(caught.value).startswith("p.jsonl, line 3: ") and told in str(caught.value)
 
 
+def test_blank_cells_beyond_the_columns_are_no_cells(tmp_path: Path) -> None:
+    """Spreadsheets fill up every line, and the first one, to the widest they ever saw."""
+    for text in ("prompt,,\na star,,\n", "prompt\na star,, \n"):
+        assert [job.prompt for job in read_prompts(write(tmp_path, "p.csv", text)).jobs] == ["a star"]
+
+
 def test_all_wrong_lines_at_once(tmp_path: Path) -> None:
     path = write(tmp_path, "p.csv", 'prompt,seed,name\na,1,x\nb,one,y\nc,2,x\n"d",3,z,9\n')
     with pytest.raises(UserError) as caught:

@@ -36,6 +36,20 @@ def test_bins_hold_what_they_say(values):
         assert max(values) <= edges[-1] + 1e-6
 
 
+@given(st.lists(st.tuples(st.floats(0, 1e5), st.integers(1, 9)), min_size=1, max_size=40), st.booleans())
+def test_counted_values_are_as_good_as_each_of_them(pairs, whole):
+    values, counts = zip(*pairs, strict=True)
+    written_out = np.repeat(values, counts)
+    assert histogram(values, counts, whole) == histogram(written_out, whole=whole)
+    assert powers_of_two(values, counts) == powers_of_two(written_out)
+
+
+def test_the_tail_is_beyond_the_99th_percentile():
+    values = np.random.default_rng(0).lognormal(2, 1.5, 500)
+    found = histogram(values)
+    assert found.open_end and found.edges[-3] <= np.percentile(values, 99) < found.edges[-2]
+
+
 @pytest.mark.parametrize("width", [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10])
 def test_widths_are_round(width):
     found = histogram(np.linspace(0, 39.5 * width, 200))

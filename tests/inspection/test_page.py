@@ -53,6 +53,13 @@ def page_of(survey, clips=(), seed=0):
     return text, Page(text)
 
 
+def test_counts_of_words_that_may_be_too_low_are_told():
+    survey = look({})
+    assert "more" not in page_of(survey)[0].split("Most frequent words")[1].split("</figure>")[0]
+    survey.words_short = 1234
+    assert "each may have come 1,234 times more" in page_of(survey)[0]
+
+
 def clip(**changes):
     address = "data:image/webp;base64,UklGRg=="
     return ClipView(

@@ -18,11 +18,13 @@ SOUND: dict[str, Any] = {
 BROKEN = {"status": "broken", "caption": "", "format": "", "num_frames": 0, "width": 0, "height": 0, "durations_ms": [], "size": 7}
 
 
-def look(*rows: dict[str, Any]) -> Survey:
+def look(*rows: dict[str, Any], at_a_time: int = 7) -> Survey:
     """The survey of rows that differ from a sound one in what is given; each has content of its own unless told otherwise."""
     whole = [{**SOUND, "path": f"{number:04d}.gif", "content": f"{number:064x}", **row} for number, row in enumerate(rows)]
     schema = pa.schema([INDEX.field(name) for name in COLUMNS])
-    return survey("stickers", "a summary", {"files": len(rows)}, pa.RecordBatch.from_pylist(whole, schema))
+    batch = pa.RecordBatch.from_pylist(whole, schema)
+    parts = [batch.slice(start, at_a_time) for start in range(0, len(whole), at_a_time)]
+    return survey("stickers", "a summary", {"files": len(rows)}, lambda: parts)
 
 
 def test_intact_clips_are_counted_and_broken_ones_are_not():
@@ -33,6 +35,17 @@ def test_intact_clips_are_counted_and_broken_ones_are_not():
     assert found.intact == 3 and found.formats == {"gif": 2, "webp": 1} and found.with_alpha == 1
     assert found.frame_counts == {1: 1, 4: 1, 9: 1} and found.sizes == {(64, 32): 2, (32, 32): 1}
     assert sum(found.bytes.counts) == 3 and found.bytes.edges == (512, 1024)
+
+
+def test_it_is_the_same_however_the_rows_come():
+    rows: list[dict[str, Any]] = []
+    for number in range(90):
+        rows.append({"caption": f"word {number % 40} of {'x' * (number % 9)}", "width": 10 + number % 7, "size": 3 ** (number % 20)})
+        rows.append({"content": f"{number % 30:x}", "caption": " ", "num_frames": 2 + number % 5, "durations_ms": [number] * (number % 3)})
+        rows.append({**BROKEN, "reason": f"{number} bytes of {number % 4 * 'y'}"})
+    one, seven, all_at_once = (look(*rows, at_a_time=some).to_json() for some in (1, 7, 1000))
+    assert one == seven == all_at_once
+    assert all_at_once["equal_groups"] == 30 and all_at_once["broken_kinds"] == 4 and all_at_once["without_caption"]["total"] == 90
 
 
 def test_times_are_those_of_each_clip():
@@ -91,6 +104,11 @@ def test_broken_files_stand_by_kind_of_reason():
 def test_kinds_are_capped_and_their_number_told():
     found = look(*({**BROKEN, "reason": f"fault {'x' * number}"} for number in range(40)))
     assert len(found.broken) == MOST_KINDS and found.broken_kinds == 40
+
+
+def test_of_equally_many_the_first_stand_first():
+    found = look({"content": "b"}, {"content": "a"}, {"content": "a"}, {"content": "b"}, *({**BROKEN, "reason": kind} for kind in "zxy"))
+    assert [group.first[0]["path"] for group in found.equals] == ["0000.gif", "0001.gif"] and list(found.broken) == ["z", "x", "y"]
 
 
 @pytest.mark.parametrize("rows", [[{**BROKEN, "reason": "empty file"}], []], ids=["all broken", "none"])

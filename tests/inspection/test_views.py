@@ -18,6 +18,7 @@ from tests.data.folders import dataset, numbered_clips, plan
 
 SEED = 5
 WHITE = (255, 255, 255)
+GIF, PNG, WEBP = range(3)  # any numbers will do
 
 
 def picture(address: str) -> Image.Image:
@@ -115,19 +116,19 @@ def test_thinning_keeps_the_time(durations, kept, expected):
 
 class TestPicking:
     def test_every_format_and_length_comes_before_any_comes_twice(self):
-        formats = ["gif"] * 90 + ["webp"] * 5 + ["png"] * 5
+        formats = np.array([GIF] * 90 + [WEBP] * 5 + [PNG] * 5)
         counts = np.array([4] * 80 + [40] * 10 + [4] * 5 + [70] * 5)
         picked = pick_clips(np.arange(100), formats, counts, 4, seed=0)
         assert picked == sorted(picked) and {(formats[clip], int(counts[clip])) for clip in picked} == {
-            ("gif", 4), ("gif", 40), ("webp", 4), ("png", 70)
+            (GIF, 4), (GIF, 40), (WEBP, 4), (PNG, 70)
         }  # fmt: skip
         assert len(pick_clips(np.arange(100), formats, counts, 12, seed=0)) == 12
 
     def test_the_seed_decides(self):
-        arguments = (np.arange(0, 400, 2), ["gif"] * 200, np.full(200, 9))
+        arguments = (np.arange(0, 400, 2), np.full(200, GIF), np.full(200, 9))
         assert pick_clips(*arguments, 5, seed=1) == pick_clips(*arguments, 5, seed=1) != pick_clips(*arguments, 5, seed=2)
         assert all(clip % 2 == 0 for clip in pick_clips(*arguments, 5, seed=1)), "ids, not places"
 
     def test_no_more_than_there_are(self):
-        assert pick_clips(np.array([3, 9]), ["gif", "png"], np.array([3, 3]), 12, seed=0) == [3, 9]
-        assert pick_clips(np.array([], np.int64), [], np.array([], np.int64), 12, seed=0) == []
+        assert pick_clips(np.array([3, 9]), np.array([GIF, PNG]), np.array([3, 3]), 12, seed=0) == [3, 9]
+        assert pick_clips(np.array([], np.int64), np.array([], np.int64), np.array([], np.int64), 12, seed=0) == []

@@ -6,7 +6,6 @@ import html
 import io
 import json
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -22,8 +21,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from rdtf_ds.data.clips.writing import write_clip
 from rdtf_ds.training.telemetry import RunLog
+from tests.browsers import CHROMIUM
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 TAG = "samples/0 a red star rises"
 
 

@@ -2,31 +2,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from rdtf_ds.memory.activations import GradientArrival, TrainingTrace
 from rdtf_ds.memory.host import plan_on_cpu
 from rdtf_ds.memory.host_levers import smallest_changes_on_cpu
 from rdtf_ds.memory.levers import SMALL_BUCKETS, SMALL_GROUPS
-from rdtf_ds.memory.planner import Group, Setup, Sources
+from rdtf_ds.memory.planner import Setup
+from tests.memory.round_numbers import SOURCES
 
-ELEMENTS, PARAMETERS = 49_152 * 2_000, 100
 SETUP = Setup(
     ranks=4, global_batch=16, micro_batch=2, compute_bytes=4, group_size=100_000_000, ema="gpu", checkpointing="none", autoencoder_slice=1,
     frames=8, reduce_bucket=50_000_000, overlap_comm=False, validates=False,
 )  # fmt: skip
-
-
-def training(checkpointing, clips):
-    activations = clips * (400_000_000 if checkpointing == "none" else 50_000_000)
-    arrivals = tuple(GradientArrival(ELEMENTS // PARAMETERS, activations, activations) for _ in range(PARAMETERS))
-    return TrainingTrace(activations, activations, arrivals, 0)
-
-
-def groups(size):
-    count = -(-ELEMENTS // size)
-    return tuple(Group((ELEMENTS // PARAMETERS,) * (PARAMETERS // count), 0, 8) for _ in range(count))
-
-
-SOURCES = Sources(groups, training, lambda clips: 0, lambda frames: 0, lambda frames: 0, {})
 
 
 def all_ranks(**changes):

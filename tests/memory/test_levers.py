@@ -4,34 +4,16 @@ from dataclasses import replace
 
 import pytest
 
-from rdtf_ds.memory.activations import GradientArrival, TrainingTrace
+from rdtf_ds.memory.activations import TrainingTrace
 from rdtf_ds.memory.gpus import GPU
 from rdtf_ds.memory.levers import _families, largest_micro_batch, smallest_changes
-from rdtf_ds.memory.planner import Group, Setup, Sources, plan
+from rdtf_ds.memory.planner import Setup, plan
+from tests.memory.round_numbers import SOURCES, arrivals
 
-ELEMENTS, PARAMETERS = 49_152 * 2_000, 100  # about a tenth of DFGN
 SETUP = Setup(
     ranks=1, global_batch=16, micro_batch=4, compute_bytes=2, group_size=20_000_000, ema="gpu", checkpointing="none", autoencoder_slice=8,
     frames=8, reduce_bucket=50_000_000, overlap_comm=False, validates=False,
 )  # fmt: skip
-
-
-def training(checkpointing, clips):
-    activations = clips * (400_000_000 if checkpointing == "none" else 50_000_000)
-    return TrainingTrace(activations, activations, arrivals(activations), 0)
-
-
-def arrivals(activations):
-    return tuple(GradientArrival(ELEMENTS // PARAMETERS, activations, activations) for _ in range(PARAMETERS))
-
-
-def groups(size):
-    count = -(-ELEMENTS // size)
-    in_each = PARAMETERS // count
-    return tuple(Group((ELEMENTS // PARAMETERS,) * in_each, 0, 8) for _ in range(count))
-
-
-SOURCES = Sources(groups, training, lambda clips: 0, lambda frames: 0, lambda frames: 0, {})
 
 
 def card(size):

@@ -84,6 +84,15 @@ def test_what_was_moved_is_told_with_what_it_costs():
     assert "EMA on the CPU 0.25 s" in lines
 
 
+def test_decoders_of_videos_are_told_and_no_phase_counts_them():
+    decoding = replace(SETUP, video_decoders=4)
+    told_of = report_of(MemoryPlan(decoding, (FORWARD, STEP), None), NOTHING, (), Limit("a machine", 10**10))
+    assert told_of["video_decoders"] == {"processes": 4, "bytes_each": 82_000_000, "large_bytes_each": 281_000_000}
+    (line,) = (line for line in lines_of(told_of) if "decoder" in line)
+    assert "WebM or MP4" in line and "4 decoders, 328 MB; 82 MB each, up to 281 MB" in line and line.endswith("measured.")
+    assert not any("decoder" in line for line in lines_of(report())) and told_of["phases"] == report()["phases"]
+
+
 def test_what_does_not_fit_says_by_how_much_and_what_would_help():
     short = report(room=5 * 10**9)
     assert verdict(short) == "Peak: step, 7.10 GB of 5.00 GB: DOES NOT FIT, short of 2.10 GB (42%)."

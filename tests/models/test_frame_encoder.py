@@ -64,7 +64,7 @@ def test_the_identity_is_of_weights_and_constants_not_of_the_place(model, tmp_pa
 
 
 def test_weights_are_loaded_only_for_frames(model, monkeypatch):
-    monkeypatch.setattr(frame_encoder, "_load_model", lambda *arguments, **more: pytest.fail("loaded"))
+    monkeypatch.setattr(frame_encoder, "load_whole", lambda *arguments, **more: pytest.fail("loaded"))
     describe = CLIPFrames(str(model), CPU)
     assert describe.dim == DIM
     with pytest.raises(pytest.fail.Exception, match="loaded"):

@@ -7,6 +7,7 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from einops import repeat
+from torch import nn
 
 from rdtf_ds.models.spatial import Resnet, SpatialTransformer
 from tests.models.test_dfgn import inputs, tiny
@@ -19,6 +20,15 @@ def gradients_of(result: torch.Tensor, wanted: list[torch.Tensor]) -> list[torch
     return list(torch.autograd.grad((result * ramp).sum(), wanted))
 
 
+def assert_same(layers: tuple[nn.Module, nn.Module], results: tuple[torch.Tensor, torch.Tensor], **inputs: torch.Tensor) -> None:
+    """Two layers of the same parameters: what they answer, and the gradients of inputs and parameters, each by its name."""
+    torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
+    wanted = [[*inputs.values(), *layer.parameters()] for layer in layers]
+    names = [*inputs, *(name for name, _ in layers[0].named_parameters())]
+    for name, own, other in zip(names, *map(gradients_of, results, wanted), strict=True):
+        torch.testing.assert_close(own, other, atol=1e-4, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+
+
 @pytest.mark.parametrize("width", [16, 24])
 def test_resnet_is_diffusers(width: int) -> None:
     torch.manual_seed(0)
@@ -27,11 +37,7 @@ def test_resnet_is_diffusers(width: int) -> None:
     theirs.load_state_dict(ours.state_dict(), strict=True)
     hidden, temb = torch.randn(CLIPS * FRAMES, WIDTH, SIDE, SIDE, requires_grad=True), torch.randn(CLIPS, 12, requires_grad=True)
     results = ours(hidden, temb), theirs(hidden, repeat(temb, "b t -> (b f) t", f=FRAMES))
-    torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
-    wanted = [[hidden, temb, *layer.parameters()] for layer in (ours, theirs)]
-    names = ["hidden", "temb", *(name for name, _ in ours.named_parameters())]
-    for name, own, other in zip(names, *map(gradients_of, results, wanted), strict=True):
-        torch.testing.assert_close(own, other, atol=1e-4, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+    assert_same((ours, theirs), results, hidden=hidden, temb=temb)
 
 
 def test_transformer_is_diffusers_with_the_text_of_its_clip_for_every_frame() -> None:
@@ -42,11 +48,7 @@ def test_transformer_is_diffusers_with_the_text_of_its_clip_for_every_frame() ->
     hidden, context = torch.randn(CLIPS * FRAMES, WIDTH, SIDE, SIDE, requires_grad=True), torch.randn(CLIPS, 5, 20, requires_grad=True)
     repeated = repeat(context, "b l d -> (b f) l d", f=FRAMES)
     results = ours(hidden, context), theirs(hidden, encoder_hidden_states=repeated, return_dict=False)[0]
-    torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
-    wanted = [[hidden, context, *layer.parameters()] for layer in (ours, theirs)]
-    names = ["hidden", "context", *(name for name, _ in ours.named_parameters())]
-    for name, own, other in zip(names, *map(gradients_of, results, wanted), strict=True):
-        torch.testing.assert_close(own, other, atol=1e-4, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+    assert_same((ours, theirs), results, hidden=hidden, context=context)
 
 
 def test_keys_of_the_text_are_made_once_for_each_clip() -> None:

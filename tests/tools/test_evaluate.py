@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,10 +25,10 @@ from rdtf_ds.data.clips.writing import write_clip
 from rdtf_ds.data.synthetic import all_stickers, render
 from rdtf_ds.evaluation.i3d_weights import WeightsNotFound
 from rdtf_ds.models.tiny_encoders import STICKER_WORDS, tiny_clip
+from tests.browsers import opened_on_a_phone
 from tests.small_models import load_tool, make_pipeline, small_dfgn, text_parts
 
 ROOT = Path(__file__).resolve().parents[2]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EVIL = "</script><script>document.title = 'owned'</script><img src=x onerror=\"document.title = 'owned'\">"
 QUICK = ("--steps", "1", "--frames", "4", "--threads", "1", "--batch", "3")
 MANY_STEPS = ("--steps", "8")
@@ -315,29 +314,11 @@ def _processes_with(mark: str) -> int:
     return found
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[object]:
-    if CHROMIUM is None:
-        pytest.skip("chromium is not installed")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with sync_api.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
 @pytest.fixture
 def opened(browser, done) -> Iterator[SimpleNamespace]:
-    """The page on a phone: ``page``, what it asked for (``requests``) and what went wrong (``faults``)."""
-    page = browser.new_page(viewport={"width": 360, "height": 740})
-    requests: list[str] = []
-    faults: list[str] = []
-    page.on("request", lambda request: requests.append(request.url))
-    page.on("console", lambda message: faults.append(message.text))
-    page.on("pageerror", lambda error: faults.append(str(error)))
-    page.goto((done / "page.html").as_uri())
-    yield SimpleNamespace(page=page, requests=requests, faults=faults)
-    page.close()
+    """The page as `opened_on_a_phone` gives it."""
+    with opened_on_a_phone(browser, (done / "page.html").as_uri()) as seen:
+        yield seen
 
 
 def test_it_opens_alone_and_nothing_is_wrong(opened, done) -> None:

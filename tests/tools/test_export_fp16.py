@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 import torch
@@ -12,18 +11,9 @@ from tests.small_models import load_tool, small_dfgn, write_run
 
 
 @pytest.fixture
-def export(project_root, monkeypatch, capsys):
+def export(project_root, typed):
     """Calls the tool; returns exit code, standard output, standard error."""
-    tool = load_tool(project_root, "export_fp16")
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["export_fp16.py", *map(str, arguments)])
-        capsys.readouterr()
-        code = tool.main()
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    return typed(load_tool(project_root, "export_fp16"))
 
 
 def test_json_is_all_that_stands_on_standard_output(export, tmp_path):
@@ -72,3 +62,18 @@ def test_an_export_that_fails_its_check_stays_and_is_exit_code_1(export, tmp_pat
     code, out, err = export(tmp_path / "run", tmp_path / "out", "--weights", "master", "--half_check")
     assert code == 1 and "overflows" in out, err
     assert (tmp_path / "out" / "model_index.json").is_file()
+
+
+def test_interrupted_it_says_what_is_there(export, tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    write_run(tmp_path / "run", small_dfgn(text_width=64), world_size=1)
+    with monkeypatch.context() as patched:
+        patched.setattr("rdtf_ds.export.exporting.write_weights", interrupted)
+        code, out, err = export(tmp_path / "run", tmp_path / "out")
+    assert (code, out, err.splitlines()[-1]) == (130, "", f"Interrupted; nothing of '{tmp_path / 'out'}' was kept.")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    monkeypatch.setattr("rdtf_ds.export.half_check.open_checkpoint", interrupted)
+    code, out, err = export(tmp_path / "run", tmp_path / "out", "--half_check")
+    assert (code, out, err.splitlines()[-1]) == (130, "", f"Interrupted; '{tmp_path / 'out'}' is whole, but was not checked.")

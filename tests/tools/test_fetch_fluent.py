@@ -143,6 +143,18 @@ def told(tool, capsys) -> str:
     return said.err.strip().splitlines()[-1]
 
 
+def test_interrupted_it_leaves_nothing(two_packages, registry, monkeypatch, tmp_path, capsys) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    tool = ready(monkeypatch, two_packages, str(tmp_path / "out"))
+    monkeypatch.setattr(tool, "_frames", interrupted)
+    before = set(tmp_path.iterdir())
+    assert tool.main() == 130
+    assert capsys.readouterr().err.splitlines()[-1] == f"Interrupted; nothing of '{tmp_path / 'out'}' was kept."
+    assert set(tmp_path.iterdir()) == before
+
+
 def test_another_archive_than_expected_is_refused(two_packages, monkeypatch, tmp_path, capsys) -> None:
     wrong = Package(two_packages[0].name, "1.0.0", two_packages[1].sha512)
     message = told(ready(monkeypatch, (wrong,), str(tmp_path / "out"), "--keep_packages", str(tmp_path / "kept")), capsys)
@@ -189,7 +201,7 @@ def link(kind: bytes, target: str) -> tarfile.TarInfo:
     ("name", "content", "word"),
     [
         ("package/../../escape.webp", b"x", "leads out"),
-        ("/tmp/escape.webp", b"x", "leads out"),
+        ("/elsewhere/escape.webp", b"x", "leads out"),
         ("other/assets/1f44b.webp", b"x", "leads out"),
         ("package/assets/1f44b.webp", link(tarfile.SYMTYPE, "/etc/passwd"), "neither a file nor a folder"),
         ("package/assets/1f44b.webp", link(tarfile.LNKTYPE, "package/package.json"), "neither a file nor a folder"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import av
 import numpy as np
@@ -28,18 +27,10 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def generate(model, project_root, monkeypatch, capsys):
+def generate(model, project_root, typed):
     """Calls the tool with the model and more arguments; returns exit code, standard output, standard error."""
     tool = load_tool(project_root, "generate")
-
-    def call(*arguments, model=model):
-        monkeypatch.setattr(sys, "argv", ["generate.py", "--model", str(model), *map(str, arguments)])
-        capsys.readouterr()
-        code = tool.main()
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    return lambda *arguments, model=model: typed(tool, "--model", model)(*arguments)
 
 
 def frames_of(path, size=SIDE):
@@ -114,6 +105,7 @@ def test_sampling_options_reach_the_model(generate, tmp_path):
         (("--frame", "0={folder}/broken.png"), "cannot be read"),
         (("--prompt", "a", "--count", "0"), "--count is 0"),
         (("--prompt", "a", "--scale", "0"), "--scale is 0"),
+        (("--prompt", "a", "--scale", "257"), "--scale 257 makes clips of 4112 pixels a side; with this model give at most 256"),
         (("--prompt", "a", "--steps", "0"), "1 to 1000"),
         (("--prompt", "a", "--out", "{folder}/a.png/x.gif"), "a.png' is a file"),
     ],

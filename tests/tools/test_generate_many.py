@@ -31,18 +31,9 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def generate(project_root, monkeypatch, capsys):
+def generate(project_root, typed):
     """Calls the tool; returns exit code, standard output, standard error."""
-    tool = load_tool(project_root, "generate")
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments)])
-        capsys.readouterr()
-        code = tool.main()
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    return typed(load_tool(project_root, "generate"))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

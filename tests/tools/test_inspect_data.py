@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,9 +13,9 @@ import pytest
 from rdtf_ds.data.clips.writing import write_clip
 from rdtf_ds.data.synthetic import write_stickers
 from rdtf_ds.diffusion.masks import Task, mask_family
+from tests.browsers import opened_on_a_phone
 from tests.small_models import load_tool
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EVIL = "</script><script>document.title = 'owned'</script><img src=x onerror=\"document.title = 'owned'\">"
 EVIL_NAME = "it's \"quoted\" <b>&amp; bold.gif"
 
@@ -66,6 +65,25 @@ def test_json_is_one_object_and_nothing_else(tool, folder, capsys):
     assert [row["k"] for row in found["variety"]] == [3, 4, 5, 6, 7, 8] and all(row["ratio"] > 0 for row in found["variety"])
 
 
+def test_clips_are_judged_as_the_run_judges_them(tool, folder, tmp_path, capsys):
+    experiment = json.loads(tool.CONFIG.read_text())
+    experiment["rdtf"]["data"] |= {"max_source_frames": 39, "validation_fraction": 0.4, "max_bad_fraction": 0.5}
+    config = tmp_path / "run.json"
+    config.write_text(json.dumps(experiment))
+    keys = ["--deepspeed_config", str(config), "--set", "rdtf.data.max_frames=8", "--set", "rdtf.data.max_bytes=5000000"]
+    index = tmp_path / "index"
+    indexed = load_tool(Path(__file__).resolve().parents[2], "index_data").main([str(folder), "--out", str(index), *keys, "--json"])
+    counts = json.loads(capsys.readouterr().out)["counts"]
+    made = {path: path.stat().st_mtime_ns for path in index.rglob("*.arrow")}
+    assert tool.main([str(folder), "--json", "--index", str(index), *keys]) == indexed == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["counts"] == counts and counts["held_out"] > 2
+    too_long = found["broken"]["… frames are more than rdtf.data.max_source_frames (…)"]
+    assert EVIL_NAME in [row["path"] for row in too_long["first"]] and counts["broken"] == 3 + too_long["total"]
+    assert {path: path.stat().st_mtime_ns for path in index.rglob("*.arrow")} == made, "nothing was examined again"
+    assert [row["clips"] > 0 for row in found["variety"]] == [True] * 5 + [False], "of no clip more than 8 frames are kept"
+
+
 def test_the_same_seed_makes_the_same_page(tool, folder, report, tmp_path, capsys):
     assert tool.main([str(folder), "--out", str(tmp_path / "again.html"), "--clips", "8", "--index", str(tmp_path / "index")]) == 0
     assert (tmp_path / "again.html").read_bytes() == report.read_bytes()
@@ -91,6 +109,8 @@ def test_a_folder_of_broken_files_has_a_report(tool, tmp_path, capsys):
         (["{tmp}/absent", "--json"], "absent"),
         (["{tmp}", "--json"], "clips"),
         (["{folder}", "--out", "{tmp}/no/report.html"], "report.html lies in no folder that exists"),
+        (["{folder}", "--json", "--set", "rdtf.data.frame_features={tmp}/no_model"], "no_model"),
+        (["{folder}", "--json", "--deepspeed_config", "{tmp}/absent.json"], "absent.json"),
     ],
 )
 def test_bad_input_is_one_paragraph(tool, folder, tmp_path, capsys, arguments, said):
@@ -107,30 +127,11 @@ def test_what_to_make_must_be_said(tool, folder, arguments):
     assert stopped.value.code == 2
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[object]:
-    if CHROMIUM is None:
-        pytest.skip("chromium is not installed")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with sync_api.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
 @pytest.fixture
 def opened(browser, report) -> Iterator[SimpleNamespace]:
-    """The report on a phone: ``page``, what it asked for (``requests``) and what went wrong (``faults``)."""
-    page = browser.new_page(viewport={"width": 360, "height": 740})
-    requests: list[str] = []
-    faults: list[str] = []
-    page.on("request", lambda request: requests.append(request.url))
-    page.on("console", lambda message: faults.append(message.text))
-    page.on("pageerror", lambda error: faults.append(str(error)))
-    page.on("dialog", lambda dialog: (faults.append("a dialog"), dialog.dismiss()))
-    page.goto(report.as_uri())
-    yield SimpleNamespace(page=page, requests=requests, faults=faults)
-    page.close()
+    """The report as `opened_on_a_phone` gives it."""
+    with opened_on_a_phone(browser, report.as_uri()) as seen:
+        yield seen
 
 
 def test_it_opens_alone_and_nothing_is_wrong(opened, report):
@@ -232,7 +233,7 @@ def test_twelve_real_clips_make_a_page_of_at_most_five_megabytes(tool, real_data
     assert tool.main([str(real_data / "stickers"), "--out", str(out), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert out.stat().st_size <= 5e6
-    assert found["counts"]["trainable"] == 96 and found["with_alpha"] > 0
+    assert (found["counts"]["trainable"], found["counts"]["held_out"]) == (94, 2) and found["with_alpha"] > 0, "as v100.json holds out"
     ratios = {row["k"]: row["ratio"] for row in found["variety"]}
     assert all(ratio > 1 for ratio in ratios.values()), f"clusters should be more varied than even spacing: {ratios}"
     page = browser.new_page(viewport={"width": 360, "height": 740})

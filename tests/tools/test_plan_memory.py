@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 
 import pytest
@@ -22,18 +21,9 @@ def tool(project_root):
 
 
 @pytest.fixture
-def plan_memory(tool, project_root, monkeypatch, capsys):
+def plan_memory(tool, project_root, typed):
     """Calls the tool on tiny_cpu.json; returns exit code, standard output, standard error."""
-
-    def call(*arguments):
-        config = str(project_root / "ds_configs" / "tiny_cpu.json")
-        monkeypatch.setattr(sys, "argv", ["plan_memory.py", "--deepspeed_config", config, *map(str, arguments)])
-        capsys.readouterr()
-        code = tool.main()
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    return typed(tool, "--deepspeed_config", project_root / "ds_configs" / "tiny_cpu.json")
 
 
 def test_json_is_one_object_and_adds_up(plan_memory):
@@ -55,6 +45,7 @@ def test_text_says_that_it_is_predicted(plan_memory):
     assert code == 0
     assert "predicted, not measured" in out and "fits, free" in out and "Largest micro-batch that fits: 4." in out
     _, moved, _ = plan_memory("--set", "rdtf.memory.activation_checkpointing=blocks_cpu_offload")
+    assert "1 decoder, 82 MB; 82 MB each" in out, "tiny_cpu.json has one worker"
     assert "CPU memory of each rank beside that" in moved and "CPU memory of each rank beside that" not in out
 
 

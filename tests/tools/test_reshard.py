@@ -23,18 +23,9 @@ KEY = b"0123456789abcdef"
 
 
 @pytest.fixture
-def reshard(project_root, monkeypatch, capsys):
+def reshard(project_root, typed):
     """Calls the tool; returns exit code, standard output, standard error."""
-    tool = load_tool(project_root, "reshard")
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["reshard.py", *map(str, arguments)])
-        capsys.readouterr()
-        code = tool.main()
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    return typed(load_tool(project_root, "reshard"))
 
 
 def holds(folder: Path, whole: Whole, world: int, prefix: str = "") -> bool:

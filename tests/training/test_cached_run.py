@@ -168,6 +168,21 @@ def test_validation_loads_the_encoders_late_and_makes_the_same_clips(made, monke
     assert len(caplog.records) == 1, "one rank tells for all"
 
 
+def test_encoders_that_cannot_be_loaded_late_are_tried_once(made, monkeypatch):
+    tried = []
+
+    def refuse(*arguments):
+        tried.append(arguments)
+        raise UserError("the encoders are gone")
+
+    monkeypatch.setattr(validation_assembly, "load_encoders", refuse)
+    pipeline = build_pipeline(made("cached"))
+    for _ in range(2):
+        with pytest.raises(UserError, match="the encoders are gone"):
+            pipeline("a red star", num_frames=3, num_inference_steps=2, seeds=[5])
+    assert len(tried) == 1
+
+
 def test_held_out_losses_are_the_same_wherever_the_encoders_are(made, monkeypatch):
     losses, loaded, load = [], [], validation_assembly.load_encoders
     monkeypatch.setattr(validation_assembly, "load_encoders", lambda *arguments: loaded.append(arguments[2]) or load(*arguments))

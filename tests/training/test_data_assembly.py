@@ -151,6 +151,8 @@ def test_a_dry_run_uses_the_index_that_is_there_and_changes_nothing(tiny, tmp_pa
     again = describe(tiny(*settings), 1, CPU)
     assert of_data(again) == of_data(text) and len(of_data(text)) > 3
     assert files(tmp_path) == before and index.summary() in text
+    (tmp_path / "way").symlink_to(tiny().rdtf.data.data_dir)  # the same folder by another name has the same index
+    assert "not indexed yet" not in describe(tiny(*settings, data_dir=tmp_path / "way"), 1, CPU)
 
 
 def test_a_dry_run_counts_what_is_not_indexed_when_that_would_take_long_or_a_model(tiny, tmp_path, monkeypatch):

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -22,11 +21,13 @@ from rdtf_ds.data.clips.metadata import read_metadata
 from rdtf_ds.errors import UserError
 from rdtf_ds.web.form import job_of
 from tests.small_models import SIDE, make_pipeline, small_dfgn, text_parts
+from tests.waiting import PATIENCE, until
 
 app = pytest.importorskip("rdtf_ds.web.app", reason="gradio (the extra `ui`) is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EVIL = "<img src=x onerror=\"document.title = 'owned'\">"
-DONE = 30_000  # milliseconds that a clip may take on a busy machine
+STAR = ("a star", "Any frames", 3, 100, 0, 1, "ddim", 1, 1, *[None] * 8)
+"""A clip of one step, as the page sends it."""
+STEPS = 5  # its place there
 
 
 @pytest.fixture(scope="module")
@@ -41,26 +42,23 @@ def site(tmp_path_factory) -> Iterator[SimpleNamespace]:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[object]:
-    if CHROMIUM is None:
-        pytest.skip("chromium is not installed")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with sync_api.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
+def context(browser) -> Iterator[object]:
+    """One for all visitors: what the page loads is kept there, and each load of the page is a visitor of its own to gradio."""
+    context = browser.new_context()
+    yield context
+    context.close()
 
 
 @pytest.fixture
-def visit(browser, site):
+def visit(context, site):
     """A function that opens the page for one more visitor: ``page``, and the hosts and faults of all its doings."""
     visits = []
 
     def open_page(width: int = 1200) -> SimpleNamespace:
-        context = browser.new_context(viewport={"width": width, "height": 800})
         page = context.new_page()
-        page.set_default_timeout(DONE)
-        seen = SimpleNamespace(page=page, hosts=set(), faults=[], context=context)
+        page.set_viewport_size({"width": width, "height": 800})
+        page.set_default_timeout(1000 * PATIENCE)
+        seen = SimpleNamespace(page=page, hosts=set(), faults=[])
         page.on("request", lambda request: seen.hosts.add(urlsplit(request.url).netloc))
         page.on("websocket", lambda socket: seen.hosts.add(urlsplit(socket.url).netloc))
         page.on("pageerror", lambda error: seen.faults.append(str(error)))
@@ -72,7 +70,7 @@ def visit(browser, site):
     yield open_page
     for seen in visits:
         hosts = seen.hosts - {"", urlsplit(site.address).netloc}  # data: and blob: have no host
-        seen.context.close()
+        seen.page.close()
         assert hosts == set(), "the page asked somebody else than its server"
         assert seen.faults == []
 
@@ -84,9 +82,9 @@ def picture(tmp_path) -> Path:
 
 
 def press(page) -> None:
-    while page.locator(".toast-close").count():  # an earlier message
-        page.locator(".toast-close").first.click()
-        page.wait_for_timeout(300)
+    """Close earlier messages, in one go since they vanish by themselves too, and ask for the clip."""
+    page.evaluate("document.querySelectorAll('.toast-close').forEach(button => button.click())")
+    page.wait_for_function("!document.querySelector('.toast-body')")
     page.click("#make")
 
 
@@ -115,6 +113,19 @@ def set_number(page, name: str, value: float) -> None:
     page.keyboard.press("Tab")
 
 
+def right_end_of_words(page, selector: str) -> float:
+    """Of the words of an element, whose box may be wider, in pixels."""
+    return page.evaluate(
+        """selector => {
+            const words = document.createTreeWalker(document.querySelector(selector), NodeFilter.SHOW_TEXT), range = document.createRange()
+            while (words.nextNode()) if (words.currentNode.data.trim()) break
+            range.selectNodeContents(words.currentNode)
+            return range.getBoundingClientRect().right
+        }""",
+        selector,
+    )
+
+
 def choose(page, task: str) -> None:
     page.locator("#task label", has_text=re.compile(rf"^\s*{task}\s*$")).click()
 
@@ -140,7 +151,7 @@ def test_text_and_picture_make_a_gif(visit, site, picture, tmp_path):
     assert page.evaluate("document.querySelector('#clip img').naturalWidth") == SIDE
 
 
-def test_settings_reach_the_model(visit, site, tmp_path):
+def test_settings_and_another_seed_reach_the_model(visit, tmp_path):
     page = visit().page
     page.fill("#caption textarea", "a blue circle")
     for name, value in (("num-frames", 5), ("frame-ms", 90)):
@@ -150,19 +161,15 @@ def test_settings_reach_the_model(visit, site, tmp_path):
         set_number(page, name, value)
     page.click("#sampler input")
     page.locator("[role=option]", has_text="unipc").click()
-    page.fill("#seed input", "11")
-    press(page)
-    said = read_metadata(made(page, tmp_path))
-    expected = {"frames": 5, "steps": 3, "text_scale": 2.5, "image_scale": 1.5, "sampler": "unipc", "seed": 11, "durations_ms": [90] * 5}
-    assert {key: said[key] for key in expected} == expected
-
-
-def test_another_seed_is_another_clip(visit, tmp_path):
-    page = visit().page
     before = page.input_value("#seed input")
     page.click("#other-seed")
     page.wait_for_function(f"document.querySelector('#seed input').value != {before!r}")
-    assert int(page.input_value("#seed input")) >= 0
+    seed = int(page.input_value("#seed input"))
+    assert seed >= 0
+    press(page)
+    said = read_metadata(made(page, tmp_path))
+    expected = {"frames": 5, "steps": 3, "text_scale": 2.5, "image_scale": 1.5, "sampler": "unipc", "seed": seed, "durations_ms": [90] * 5}
+    assert {key: said[key] for key in expected} == expected
 
 
 def test_tasks_mark_their_slots(visit):
@@ -184,7 +191,6 @@ def test_wrong_input_is_a_message(visit, picture, tmp_path):
     press(page)
     assert "Text: there is no caption. Write one." in message(page)
     assert page.locator("#clip img").count() == 0
-    page.reload()
     page.set_input_files("#slot-0 input[type=file]", picture)
     page.wait_for_selector("#slot-0 img")
     page.fill("#caption textarea", EVIL)
@@ -193,12 +199,11 @@ def test_wrong_input_is_a_message(visit, picture, tmp_path):
     choose(page, "Prediction")
     press(page)
     page.wait_for_selector(".toast-body:has-text('Prediction: this task takes the first 2 frames or more')")
-    page.reload()
     (tmp_path / "broken <b>.png").write_bytes(b"no picture")
     page.set_input_files("#slot-3 input[type=file]", tmp_path / "broken <b>.png")
+    page.wait_for_selector("#slot-3 img", state="attached")
     page.fill("#caption textarea", "a star")
     choose(page, "Any frames")
-    page.wait_for_timeout(500)
     press(page)
     said = message(page)
     assert "Frame 3: the picture" in said and "cannot be read" in said and "/" not in said
@@ -230,14 +235,15 @@ def test_two_visitors_queue_and_get_their_own(visit, site, tmp_path, monkeypatch
 
     def gated(self, prompt, *arguments, **options):
         inside.append(prompt)
-        assert gate.wait(60)
+        assert gate.wait(PATIENCE)
         return original(self, prompt, *arguments, **options)
 
     monkeypatch.setattr(type(site.studio.pipeline), "__call__", gated)
-    for page, prompt in ((first, "one"), (second, "two")):
+    for page, prompt, waiting in ((first, "one", 0), (second, "two", 1)):
         page.fill("#caption textarea", prompt)
         press(page)
-        page.wait_for_timeout(1500)
+        until(lambda: bool(inside) and len(site.page._queue) == waiting)  # noqa: B023
+    time.sleep(0.5)
     assert inside == [["one"]], "the second one waits"
     gate.set()
     for number, (page, prompt) in enumerate(((first, "one"), (second, "two"))):
@@ -246,30 +252,39 @@ def test_two_visitors_queue_and_get_their_own(visit, site, tmp_path, monkeypatch
     assert inside == [["one"], ["two"]]
 
 
-@pytest.mark.parametrize("how", ["button", "closed tab"])
-def test_a_clip_can_be_stopped(visit, site, tmp_path, monkeypatch, how):
-    page = visit().page
-    begun, steps = threading.Event(), []
+@pytest.fixture
+def steps(site, monkeypatch) -> list[float]:
+    """When each step began, of which every one takes 0.2 s and more."""
+    begun: list[float] = []
     original = site.studio.pipeline.unet.forward
 
     def slow(*arguments, **options):
-        begun.set()
-        steps.append(len(steps))
+        begun.append(time.monotonic())
         time.sleep(0.2)
         return original(*arguments, **options)
 
     monkeypatch.setattr(site.studio.pipeline.unet, "forward", slow)
+    return begun
+
+
+def ends_early(site, steps: list[float]) -> bool:
+    """Waits for the end of a clip of 200 steps that has begun."""
+    with site.studio._busy:
+        count = len(steps)
+    steps.clear()
+    return 0 < count < 150
+
+
+def test_a_clip_can_be_stopped(visit, site, steps, tmp_path, monkeypatch):
+    page = visit().page
     page.fill("#caption textarea", "a star")
     page.click("#sampling button")
     set_number(page, "steps", 200)
-    press(page)
-    assert begun.wait(60)
-    if how == "button":
-        page.click("#stop")
-    else:
-        page.close()
-    with site.studio._busy:  # free once the clip has ended
-        assert 0 < len(steps) < 150
+    for stop in (lambda: page.click("#stop"), page.close):
+        press(page)
+        until(lambda: bool(steps))
+        stop()
+        assert ends_early(site, steps)
     monkeypatch.undo()
     other = visit().page
     other.fill("#caption textarea", "a circle")
@@ -277,15 +292,22 @@ def test_a_clip_can_be_stopped(visit, site, tmp_path, monkeypatch, how):
     assert read_metadata(made(other, tmp_path))["prompt"] == "a circle"
 
 
-@pytest.mark.parametrize("width", [360, 1200])
-def test_nothing_sticks_out_sideways(visit, width, picture):
-    page = visit(width).page
+def test_nothing_sticks_out_or_lies_over_its_neighbour(visit, picture):
+    page = visit(360).page
     page.set_input_files("#slot-7 input[type=file]", picture)
     page.wait_for_selector("#slot-7 img")
     page.click("#sampling button")
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    boxes = [page.locator(f"#slot-{number}").bounding_box() for number in range(8)]
-    assert all(box["x"] >= 0 and box["x"] + box["width"] <= width and box["width"] > 60 for box in boxes)
+    for width in (360, 1200):
+        page.set_viewport_size({"width": width, "height": 800})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        boxes = [page.locator(f"#slot-{number}").bounding_box() for number in range(8)]
+        assert all(box["x"] >= 0 and box["x"] + box["width"] <= width and box["width"] > 60 for box in boxes)
+        inside, slot = page.locator("#slot-7 img").bounding_box(), boxes[7]
+        assert slot["x"] <= inside["x"] and inside["x"] + inside["width"] <= slot["x"] + slot["width"], "all of the picture is seen"
+        assert page.locator("#slot-7 img").evaluate("image => getComputedStyle(image).objectFit") == "contain", "a small one is seen large"
+        for name in ("num-frames", "frame-ms", "steps", "text-scale", "image-scale"):
+            field = page.locator(f"#{name} input[type=number]").bounding_box()
+            assert right_end_of_words(page, f"#{name} label") + 4 <= field["x"], f"{name}: room before its number, {width} px wide"
 
 
 def test_it_serves_this_machine_alone_and_shares_nothing(site):
@@ -293,20 +315,65 @@ def test_it_serves_this_machine_alone_and_shares_nothing(site):
     assert site.page.analytics_enabled is False and site.page.server_name == "127.0.0.1"
 
 
+DIRECT = build_opener(ProxyHandler({}))
+
+
+def join(address: str, page, values, session: str) -> None:
+    """Ask for a clip by hand."""
+    (make,) = (event for event in page.fns.values() if getattr(event.fn, "__name__", "") == "make")
+    body = json.dumps({"data": list(values), "fn_index": make._id, "session_hash": session}).encode()
+    DIRECT.open(Request(f"{address}gradio_api/queue/join", body, {"Content-Type": "application/json"}), timeout=PATIENCE).read()
+
+
+def listen(address: str, session: str):
+    """The stream of what is told of it."""
+    return DIRECT.open(f"{address}gradio_api/queue/data?session_hash={session}", timeout=PATIENCE)
+
+
 def ask(site, change: dict[int, object], session: str) -> str:
     """What the server says at the end to a request made by hand: values as the page sends, but for ``change``, by their place."""
-    (make,) = (event for event in site.page.fns.values() if getattr(event.fn, "__name__", "") == "make")
-    values = ["a star", "Any frames", 3, 100, 0, 1, "ddim", 1, 1, *[None] * 8]
+    values = list(STAR)
     for at, value in change.items():
         values[at] = value
-    address = f"{site.address.rstrip('/')}/gradio_api/queue"
-    body = json.dumps({"data": values, "fn_index": make._id, "session_hash": session}).encode()
-    direct = build_opener(ProxyHandler({}))
-    direct.open(Request(f"{address}/join", body, {"Content-Type": "application/json"}), timeout=30).read()
-    for line in direct.open(f"{address}/data?session_hash={session}", timeout=30):
+    join(site.address, site.page, values, session)
+    for line in listen(site.address, session):
         if line.startswith(b"data:") and (said := json.loads(line[5:])).get("msg") == "process_completed":
             return json.dumps(said["output"])
     raise AssertionError("no answer")
+
+
+LONG = (*STAR[:STEPS], 200, *STAR[STEPS + 1 :])
+
+
+def test_a_clip_ends_with_the_connection_that_asked_for_it(site, steps):
+    join(site.address, site.page, LONG, "gone")
+    with listen(site.address, "gone"):
+        until(lambda: bool(steps))
+    assert ends_early(site, steps)
+
+
+def test_a_clip_ends_with_the_server(site, steps):
+    page = app.build(site.studio, "another server")
+    address = app.serve(page)
+    join(address, page, LONG, "asked")
+    until(lambda: bool(steps))
+    page.close(verbose=False)
+    assert ends_early(site, steps)
+
+
+def test_no_step_is_made_for_who_left_while_others_had_their_turn(site, steps):
+    join(site.address, site.page, LONG, "first")
+    first = listen(site.address, "first")
+    until(lambda: bool(steps))
+    with DIRECT.open(f"{site.address}gradio_api/heartbeat/second", timeout=PATIENCE) as here:  # as the page does while it is open
+        here.readline()
+        join(site.address, site.page, LONG, "second")
+    desk = next(event.fn.__self__ for event in site.page.fns.values() if getattr(event.fn, "__name__", "") == "leave")
+    until(lambda: "second" in desk._left)
+    first.close()
+    assert ends_early(site, steps)
+    until(lambda: len(site.page._queue) == 0 and not any(site.page._queue.active_jobs))
+    assert steps == []
 
 
 def test_only_uploads_are_opened(site, tmp_path):
@@ -363,7 +430,7 @@ def test_only_uploads_are_opened(site, tmp_path):
 )
 def test_values_that_no_field_allows_are_refused(site, change, words):
     """By job_of itself, as gradio checks none of them."""
-    values = ["a star", "Any frames", 3, 100, 0, 1, "ddim", 1, 1, *[None] * 8]
+    values = list(STAR)
     assert job_of(site.studio, *values).frames == 3
     for at, value in change.items():
         values[at] = value

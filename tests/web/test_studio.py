@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from rdtf_ds.data.clips.metadata import read_metadata
@@ -156,6 +156,6 @@ def test_a_model_is_opened_with_its_hash(pipeline, tmp_path):
 def test_what_is_not_there_is_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"no model_index\.json"):
         open_studio(tmp_path, tmp_path)
-    monkeypatch.setattr("rdtf_ds.web.studio.torch.cuda", SimpleNamespace(is_available=lambda: False))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="--device cuda: torch sees no GPU here"):
         open_studio(tmp_path, tmp_path, "cuda")

@@ -13,7 +13,8 @@ import zlib
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+from rdtf_ds.data.clips.headers import PNG_SIGNATURE
+
 GIF_REPLACE, GIF_RESTORE_BACKGROUND = 1, 2
 WEBP_ALPHA_FLAG, WEBP_XMP_FLAG, WEBP_ANIMATION_FLAG = 0x10, 0x04, 0x02
 WEBP_NO_BLEND = 0x02
@@ -62,6 +63,11 @@ def _parse_still_gif(data: bytes) -> _StillGIF:
 
 
 def end_of_sub_blocks(data: bytes, at: int) -> int:
+    """The offset behind a chain of sub-blocks and its terminator (GIF89a, 15 and 16); ``at``: that of the first one's size.
+
+    Raises:
+        IndexError: ``data`` ends before the chain does.
+    """
     while data[at]:
         at += data[at] + 1
     return at + 1
@@ -93,6 +99,11 @@ def join_apng(stills: Sequence[bytes], durations_ms: Sequence[int], metadata: by
 
 
 def png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """(type, data) of each chunk of a PNG, in order; checksums are not held against them.
+
+    Raises:
+        struct.error: ``data`` ends within a chunk's length. A last chunk that is cut comes short.
+    """
     at = len(PNG_SIGNATURE)
     while at < len(data):
         (length,) = struct.unpack(">I", data[at : at + 4])
@@ -101,6 +112,7 @@ def png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def png_chunk(kind: bytes, body: bytes) -> bytes:
+    """A chunk as a PNG stores it: length, type (4 bytes), data, CRC-32 of type and data."""
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
@@ -119,6 +131,11 @@ def join_webp(
 
 
 def riff_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """(FourCC, payload) of each chunk behind a WebP's header of 12 bytes, in order, without padding bytes.
+
+    Raises:
+        struct.error: ``data`` ends within a chunk's length. A last chunk that is cut comes short.
+    """
     at = 12
     while at < len(data):
         (length,) = struct.unpack("<I", data[at + 4 : at + 8])
@@ -127,6 +144,7 @@ def riff_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def riff_chunk(kind: bytes, body: bytes) -> bytes:
+    """A chunk as RIFF stores it: FourCC (``kind``), length, payload, and a zero byte after an odd length."""
     return kind + struct.pack("<I", len(body)) + body + b"\x00" * (len(body) & 1)
 
 

@@ -2,10 +2,12 @@
 
 Protocol. A request is one line of JSON on standard input. An answer is one line of JSON on standard output; its arrays lie one after the
 other in memory that the parent shares, of fixed size. What does not fit, or comes bit by bit, makes several lines: after each but the
-last the child waits for an empty line, as the parent has to take the arrays out first.
+last the child waits for an empty line, as the parent has to take the arrays out first. While it reads a long video it says so, a line for
+each MiB or more: the deadline holds from one line to the next.
 
     {"ready": true}                                   the child's first line; or {"unable": "why", "remedy": "what to do"}, and it ends
     {"id": 7, "do": "examine", "path": ..., "offset": 0, "length": null, "limits": {...}, "seconds": 20.0, ...}
+    {"id": 7, "arrays": [], "read": 1048576, "last": false}
     {"id": 7, "arrays": [["thumbnails", "|u1", [9, 192]]], "answer": {...}, "last": true}
     {"id": 7, "arrays": [], "error": "it has no frames", "memory": false, "transient": false, "last": true}
 
@@ -51,7 +53,7 @@ def serve(requests: BinaryIO, answers: BinaryIO, memory: mmap.mmap) -> None:
         channel = _Channel(request["id"], float(request["seconds"]), requests, answers, memory)
         channel.begin_deadline()
         try:
-            channel.send_all(_perform(request))
+            channel.send_all(_perform(request, channel.tell_read))
         except ClipError as error:
             channel.fail(error.reason, memory=isinstance(error.__cause__, MemoryError), transient=error.transient)
         except _ParentLeft:
@@ -62,14 +64,14 @@ def serve(requests: BinaryIO, answers: BinaryIO, memory: mmap.mmap) -> None:
         signal.alarm(0)
 
 
-def _perform(request: dict[str, Any]) -> Iterator[Answer]:
+def _perform(request: dict[str, Any], tell_read: Callable[[int], None]) -> Iterator[Answer]:
     """The answers to a request."""
     place = Place(Path(request["path"]), request["offset"], request["length"])
     limits = DecodeLimits(**request["limits"])
     background: Colour = tuple(request["background"])
     video = _is_video(place)
     if request["do"] == "measure" or request["window"] or (request["do"] == "windows" and video):
-        yield from _perform_on_long_video(request, place, limits, background)
+        yield from _perform_on_long_video(request, place, limits, background, tell_read)
         return
     data = read_place(place, limits.max_bytes)
     decode: Callable[..., np.ndarray]
@@ -87,9 +89,12 @@ def _perform(request: dict[str, Any]) -> Iterator[Answer]:
         yield {}, {"frames": decode(data, place, request["size"], background, limits, frames=request["frames"])}
 
 
-def _perform_on_long_video(request: dict[str, Any], place: Place, limits: DecodeLimits, background: Colour) -> Iterator[Answer]:
+def _perform_on_long_video(
+    request: dict[str, Any], place: Place, limits: DecodeLimits, background: Colour, tell_read: Callable[[int], None]
+) -> Iterator[Answer]:
     from rdtf_ds.data.clips import video_windows
 
+    video_windows.tell_reads_to(tell_read)
     if request["do"] == "measure":
         yield asdict(video_windows.measure(place)), {}
     elif request["do"] == "windows":
@@ -138,13 +143,34 @@ class _Channel:
         resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(used.ru_utime + used.ru_stime + self._seconds + 1), hard))
 
     def send_all(self, answers: Iterator[Answer]) -> None:
+        """Send every answer as it is made, at least one; only the last says that it is the last.
+
+        Raises:
+            ClipError: One row of an array is larger than the shared memory; and whatever making an answer raises.
+            _ParentLeft: The parent closed the pipe before it had all.
+        """
         pending = next(answers)
         for following in answers:
             self._send(pending, last=False)
             pending = following
         self._send(pending, last=True)
 
+    def tell_read(self, count: int) -> None:
+        """So many bytes of a long video were read: what reads on does not hang. Comes while an answer is made, when none is half sent.
+
+        Raises:
+            _ParentLeft: The parent closed the pipe.
+        """
+        self._line({"read": count, "last": False})
+
     def fail(self, reason: str, memory: bool = False, transient: bool = False) -> None:
+        """End the request without an answer; arrays that were not sent yet are dropped.
+
+        Args:
+            reason: Without the clip's name, which the parent knows.
+            memory: There was not enough memory.
+            transient: As of `ClipError`.
+        """
         self._arrays, self._used = [], 0
         self._line({"error": reason, "memory": memory, "transient": transient, "last": True})
 

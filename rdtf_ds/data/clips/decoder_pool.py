@@ -28,7 +28,7 @@ _Colour = tuple[int, int, int]
 MAX_WINDOWS = 10_000
 """The most clips that one video is split into."""
 _WHITE = (255, 255, 255)
-_READ_BYTES_PER_S = 20 * 2**20  # of a slow disk or network
+_READ_TIMES = 64  # that a long video may be read: a few times from end to end, and again and again where it is badly interleaved
 
 
 class PoolClosed(RuntimeError):
@@ -71,14 +71,15 @@ class DecoderPool:
     ) -> Iterator[ExaminedClip]:
         """Decode a video from end to end, once, and yield each stretch of ``seconds`` of it, as soon as it is known; of images, the whole.
 
-        The deadline and the limits apply to each stretch, ``limits.max_bytes`` does not; before the first one a large file may take longer.
+        The deadline and the limits apply to each stretch, ``limits.max_bytes`` does not. The deadline is counted anew from each MiB that is
+        read, as all of the file is before the first stretch.
         Pixels are PyAV's; those of whole videos are decord's.
         """
         place = as_place(where)
         request = {"do": "windows", "background": background, "describe_size": describe_size, "window_seconds": seconds}
         request["most_windows"] = MAX_WINDOWS
         most_bytes = _examined_bytes(limits, describe_size)
-        for number, answer in enumerate(self._ask(place, request, limits, most_bytes, _opening_s(place, limits))):
+        for number, answer in enumerate(self._ask(place, request, limits, most_bytes, _READ_TIMES * place_size(place))):
             if number == MAX_WINDOWS:
                 raise _nonsense(place)
             yield _examined(place, answer)
@@ -86,7 +87,7 @@ class DecoderPool:
     def measure(self, where: str | Path | Place, limits: DecodeLimits) -> VideoLength:
         """How long a video is; nothing of it is decoded."""
         place = as_place(where)
-        head = self._ask_once(place, {"do": "measure"}, limits, 0, _opening_s(place, limits)).head
+        head = self._ask_once(place, {"do": "measure"}, limits, 0, _READ_TIMES * place_size(place)).head
         try:
             return VideoLength(int(head["frames"]), float(head["seconds"]))
         except (KeyError, TypeError, ValueError):
@@ -101,15 +102,16 @@ class DecoderPool:
         Args:
             frames: positions among the thinned frames, in any order, repeats allowed; None: all.
             content: SHA-256 that the bytes must have; of a window, over that of the file and where it lies (`ExaminedClip.content`).
-            window: of a long video, the stretch that is the clip. A large file may take longer, as a child that meets it reads all of it.
+            window: of a long video, the stretch that is the clip. A child that meets a file reads all of it; the deadline is counted anew
+                from each MiB of that.
         """
         place = as_place(where)
         request: dict[str, Any] = {"do": "decode", "size": size, "background": background, "content": content}
         request["frames"] = None if frames is None else [int(frame) for frame in frames]
         request["window"] = None if window is None else [window.first, window.count]
         most = limits.max_frames if frames is None else len(frames)
-        opening_s = None if window is None else _opening_s(place, limits)
-        pixels = self._ask_once(place, request, limits, most * 3 * size**2, opening_s).arrays.get("frames")
+        most_read = 0 if window is None else _READ_TIMES * place_size(place)
+        pixels = self._ask_once(place, request, limits, most * 3 * size**2, most_read).arrays.get("frames")
         if pixels is None or pixels.shape[1:] != (size, size, 3) or (frames is not None and len(pixels) != len(frames)):
             raise _nonsense(place)
         return pixels
@@ -139,17 +141,13 @@ class DecoderPool:
         self._lock, self._turn = threading.Lock(), threading.BoundedSemaphore(self._size)
         self._idle, self._children = [], set()
 
-    def _ask_once(
-        self, place: Place, request: dict[str, Any], limits: DecodeLimits, most_bytes: int, first_seconds: float | None = None
-    ) -> Answer:
-        answers = list(itertools.islice(self._ask(place, request, limits, most_bytes, first_seconds), 2))
+    def _ask_once(self, place: Place, request: dict[str, Any], limits: DecodeLimits, most_bytes: int, most_read: int = 0) -> Answer:
+        answers = list(itertools.islice(self._ask(place, request, limits, most_bytes, most_read), 2))
         if len(answers) != 1:
             raise _nonsense(place)
         return answers[0]
 
-    def _ask(
-        self, place: Place, request: dict[str, Any], limits: DecodeLimits, most_bytes: int, first_seconds: float | None = None
-    ) -> Iterator[Answer]:
+    def _ask(self, place: Place, request: dict[str, Any], limits: DecodeLimits, most_bytes: int, most_read: int) -> Iterator[Answer]:
         where = {"path": os.path.abspath(place.path), "offset": place.offset, "length": place.length}
         request = {**where, "limits": asdict(limits), "background": _WHITE, "window": None, **request}
         with self._turn:
@@ -157,7 +155,7 @@ class DecoderPool:
                 child, heard = self._take_child(), False
                 fresh = child.served == 0
                 try:
-                    for answer in child.ask(request, limits.timeout_s, most_bytes, first_seconds):
+                    for answer in child.ask(request, limits.timeout_s, most_bytes, most_read):
                         if answer.error is not None:
                             raise ClipError(place, answer.error, answer.transient)
                         heard = True
@@ -220,11 +218,6 @@ def _examined(place: Place, answer: Answer) -> ExaminedClip:
 def _examined_bytes(limits: DecodeLimits, describe_size: int | None) -> int:
     """The most that an honest child says of a clip."""
     return 8 * limits.max_source_frames + limits.max_frames * (THUMBNAIL_DIM + 3 * (describe_size or 0) ** 2)
-
-
-def _opening_s(place: Place, limits: DecodeLimits) -> float:
-    """To read a file from end to end, twice: for its frames' times and its hash."""
-    return limits.timeout_s + 2 * place_size(place) / _READ_BYTES_PER_S
 
 
 def _nonsense(place: Place) -> ClipError:

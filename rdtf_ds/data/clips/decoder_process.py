@@ -84,6 +84,7 @@ class DecoderProcess:
         self.served, self.busy = 0, False
         self._memory_bytes = memory_bytes
         self._rest = b""
+        self._may_read = 0
         self._memory = _shared_memory(ANSWER_BYTES)
         # A child is told to end with the *thread* that starts it; only of the main thread is it known that it lasts.
         parent = os.getpid() if threading.current_thread() is threading.main_thread() else 0
@@ -121,39 +122,40 @@ class DecoderProcess:
 
     @property
     def pid(self) -> int:
+        """Of the child, also when it has ended."""
         return self._process.pid
 
     @property
     def alive(self) -> bool:
+        """Whether the child has not ended; one that has is reaped by this."""
         return self._process.poll() is None
 
-    def ask(self, request: dict[str, Any], seconds: float, most_bytes: int, first_seconds: float | None = None) -> Iterator[Answer]:
+    def ask(self, request: dict[str, Any], seconds: float, most_bytes: int, most_read: int = 0) -> Iterator[Answer]:
         """The answers to a request, one by one. To leave early, `kill`.
 
         Args:
-            seconds: for each answer, counted from when it is asked for.
+            seconds: for each answer, counted from when it is asked for, or from when the child last said that it has read some of a file.
             most_bytes: of the arrays of one answer.
-            first_seconds: for the first one, if not the same.
+            most_read: bytes it may say to have read, in all.
         Raises:
             ChildFailed: It died, missed a deadline, or does not speak the protocol. It is killed.
         """
         self.served, self.busy = self.served + 1, True
-        limit = seconds if first_seconds is None else first_seconds
+        self._may_read = most_read
         try:
             if self._rest:
                 raise ValueError("more than was asked for")
-            self._write({"id": self.served, "seconds": limit, **request})
+            self._write({"id": self.served, "seconds": seconds, **request})
             while True:
-                answer, last = self._receive(time.monotonic() + limit, most_bytes)
+                answer, last = self._receive(seconds, most_bytes)
                 self.busy = not last
                 yield answer
                 if last:
                     return
-                limit = seconds
                 self._write(None)
         except TimeoutError:
             self.kill()
-            raise ChildFailed(f"decoding took longer than rdtf.data.decode_timeout_s ({limit:g} s)", outside=True) from None
+            raise ChildFailed(f"decoding took longer than rdtf.data.decode_timeout_s ({seconds:g} s)", outside=True) from None
         except MemoryError as error:
             self.kill()
             raise ChildFailed(f"takes more than {self._memory_bytes >> 20} MiB to decode: {error}", outside=False) from None
@@ -189,13 +191,19 @@ class DecoderProcess:
         if self._process.returncode is None:
             self._process.returncode = 0  # it is another's to wait for
 
-    def _receive(self, deadline: float, most_bytes: int) -> tuple[Answer, bool]:
+    def _receive(self, seconds: float, most_bytes: int) -> tuple[Answer, bool]:
         """One answer, which may come in several parts, and whether it is the last one."""
         parts: dict[str, list[np.ndarray]] = {}
+        deadline = time.monotonic() + seconds
         while True:
             line = self._read_line(deadline)
             if line["id"] != self.served:
                 raise ValueError("it answers something else")
+            if "read" in line:
+                self._may_read -= max(1, int(line["read"]))
+                if self._may_read < 0:
+                    raise ValueError("it reads without end")
+                deadline = time.monotonic() + seconds
             offset = 0
             for name, dtype, shape in line["arrays"]:
                 array = self._take(dtype, shape, offset, most_bytes)

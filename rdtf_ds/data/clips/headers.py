@@ -4,8 +4,9 @@ from __future__ import annotations
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 SNIFFED_BYTES = 12
-IMAGE_FORMATS = ("gif", "webp", "png")  # decoded by Pillow
-VIDEO_FORMATS = ("webm", "mp4")  # decoded by decord
+VIDEO_FORMATS = ("webm", "mp4")  # decoded by decord; the others by Pillow
+DEMUXERS = {"webm": "matroska", "mp4": "mp4"}
+"""What FFmpeg is told to read them with: it may not guess, since other demuxers open other files."""
 
 
 def sniff_format(start: bytes) -> str | None:

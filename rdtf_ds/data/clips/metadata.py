@@ -19,7 +19,7 @@ from xml.sax.saxutils import escape, unescape
 import av
 
 from rdtf_ds.data.clips.containers import end_of_sub_blocks, mp4_end, png_chunk, png_chunks, riff_chunk, riff_chunks, webm_end
-from rdtf_ds.data.clips.headers import SNIFFED_BYTES, sniff_format
+from rdtf_ds.data.clips.headers import DEMUXERS, SNIFFED_BYTES, sniff_format
 from rdtf_ds.errors import UserError
 
 _KEY = "rdtf_ds"  # the one key of the object in a file
@@ -31,7 +31,6 @@ _XMP = (
     '</rdf:Description></rdf:RDF></x:xmpmeta><?xpacket end="r"?>'
 )
 _XMP_TEXT = re.compile(r'<rdf:li xml:lang="x-default">([^<]*)</rdf:li>')
-_DEMUXERS = {"webm": "matroska", "mp4": "mp4"}  # FFmpeg may not guess: other demuxers open other files
 _ENDS = {"webm": webm_end, "mp4": mp4_end}
 _CUT = "it is cut short, or something follows its end"
 
@@ -74,7 +73,7 @@ def read_metadata(path: str | Path) -> dict[str, Any] | None:
             format = sniff_format(file.read(SNIFFED_BYTES))
         if format is None:
             raise UserError(f"'{path}' is no GIF, WebP, PNG, APNG, MP4 or WebM, so it holds no metadata of a clip.")
-        comments = _video_comments(path, format) if format in _DEMUXERS else _READERS[format](path.read_bytes())
+        comments = _video_comments(path, format) if format in DEMUXERS else _READERS[format](path.read_bytes())
         return next(filter(None, map(_from_comment, comments)), None)
     except FileNotFoundError as error:
         raise UserError(f"'{path}': there is no such file.") from error
@@ -140,7 +139,7 @@ def _video_comments(path: Path, format: str) -> Iterator[str]:
     with path.open("rb") as file:
         if _ENDS[format](file) > path.stat().st_size:
             raise OSError(_CUT)
-    with av.open(path, format=_DEMUXERS[format], metadata_errors="replace") as container:
+    with av.open(path, format=DEMUXERS[format], metadata_errors="replace") as container:
         yield from (text for name, text in container.metadata.items() if name.lower() == "comment")
 
 

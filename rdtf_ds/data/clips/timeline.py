@@ -14,9 +14,9 @@ import av
 import numpy as np
 
 from rdtf_ds.data.clips.clip import ClipError, Place
+from rdtf_ds.data.clips.headers import DEMUXERS
 
 _LONGEST_MS = 2**31 - 1  # what an int32 holds: 25 days
-_DEMUXERS = {"webm": "matroska", "mp4": "mp4"}  # FFmpeg may not guess: other demuxers open other files
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class Timeline:
 
 def open_container(file: BinaryIO, format: str) -> Any:
     """A WebM or MP4 for PyAV, decoding on one thread. Raises what FFmpeg finds."""
-    container: Any = av.open(file, format=_DEMUXERS[format], metadata_errors="ignore")
+    container: Any = av.open(file, format=DEMUXERS[format], metadata_errors="ignore")
     if not container.streams.video or container.streams.video[0].codec_context is None:
         raise ValueError("it has no video stream that can be decoded")
     container.streams.video[0].codec_context.thread_count = 1

@@ -10,7 +10,7 @@ import hashlib
 import io
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -25,6 +25,10 @@ from rdtf_ds.data.clips.timeline import Timeline, open_container, read_timeline
 from rdtf_ds.data.clips.video import chosen, thinned
 
 _CHUNK = 2**20
+TOLD_BYTES = 2**20
+"""Read of a long video before its listener (`tell_reads_to`) hears of it again."""
+_listener: Callable[[int], None] | None = None
+_read_bytes = 0  # that it was not told yet
 _Colour = tuple[int, int, int]
 
 
@@ -47,26 +51,33 @@ class LongVideo(io.RawIOBase):
         self.format = str(format)
 
     def readable(self) -> bool:
+        """True, where ``io.RawIOBase`` says False."""
         return True
 
     def seekable(self) -> bool:
+        """True, where ``io.RawIOBase`` says False: demuxers then look for the index at the end."""
         return True
 
     def tell(self) -> int:
+        """Bytes from the beginning of the video, wherever that lies in the file."""
         return self._at
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go ``offset`` bytes from the beginning, here or the end of the video, never before its beginning; returns `tell`."""
         start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
         self._at = max(0, start + offset)
         return self._at
 
     def readinto(self, buffer: Any) -> int:
+        """Fill ``buffer`` from here on; returns how many bytes that were, 0 at the end of the video."""
         room = memoryview(buffer)[: max(0, min(len(buffer), self._size - self._at))]
         count = os.preadv(self._descriptor, [room], self.place.offset + self._at) if room else 0
         self._at += count
+        _has_read(count)
         return count
 
     def close(self) -> None:
+        """Lets go of the file; a second time does nothing."""
         if not self.closed:
             os.close(self._descriptor)
         super().close()
@@ -87,7 +98,9 @@ class LongVideo(io.RawIOBase):
         """The same, computed now."""
         digest = hashlib.sha256()
         for start in range(0, self._size, _CHUNK):
-            digest.update(os.pread(self._descriptor, min(_CHUNK, self._size - start), self.place.offset + start))
+            chunk = os.pread(self._descriptor, min(_CHUNK, self._size - start), self.place.offset + start)
+            digest.update(chunk)
+            _has_read(len(chunk))
         return digest.hexdigest()
 
     def pictures(self, timeline: Timeline, first: int) -> Iterator[tuple[int, Image.Image]]:
@@ -114,6 +127,23 @@ class LongVideo(io.RawIOBase):
                 number = int(np.searchsorted(timeline.ticks, frame.pts)) if frame.pts is not None else len(timeline)
                 if number < len(timeline) and timeline.ticks[number] == frame.pts:
                     yield number, _upright(frame)
+
+
+def tell_reads_to(listener: Callable[[int], None]) -> None:
+    """From now on call ``listener`` with the bytes that were read since it was called last, from within whatever reads a long video.
+
+    Reading all of one may take any time: who goes on is told from who hangs by this alone.
+    """
+    global _listener, _read_bytes
+    _listener, _read_bytes = listener, 0
+
+
+def _has_read(count: int) -> None:
+    global _read_bytes
+    _read_bytes += count
+    if _listener is not None and _read_bytes >= TOLD_BYTES:
+        told, _read_bytes = _read_bytes, 0
+        _listener(told)
 
 
 @lru_cache(maxsize=8)

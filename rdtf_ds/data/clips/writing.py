@@ -124,6 +124,7 @@ def wrap(text: str, width: float, most_lines: int, length: Callable[[str], float
 
 
 def on_white(frames: np.ndarray) -> np.ndarray:
+    """Frames without alpha, uint8 (F, H, W, 3): over white, rounded to nearest. RGB is handed back as it is, not copied."""
     if frames.shape[-1] == 3:
         return frames
     alpha = frames[..., 3:].astype(np.uint16)

@@ -129,6 +129,7 @@ def examine_files(
     threads, pool = ThreadPoolExecutor(workers, thread_name_prefix="examine"), DecoderPool(workers)
 
     def tell() -> None:
+        """A file, or a window of one, is done; windows are told of by the threads that examine."""
         if on_progress is not None:
             on_progress(done, total)
 

@@ -96,6 +96,7 @@ class ClipIndex:
 
     Attributes:
         root: the folder that paths are relative to.
+        source: what was indexed, as ``rdtf.data.data_dir`` names it: the manifest, else the folder.
         settings: the index was made with.
 
     Raises:
@@ -108,6 +109,7 @@ class ClipIndex:
         self._broken = dict(sorted((broken or {}).items()))
         self.settings: IndexSettings = self._table.settings
         self.root = self.settings.root
+        self.source = self.root / self.settings.manifest  # "" leaves the folder
 
     @property
     def rows(self) -> Sequence[ClipRow]:
@@ -181,7 +183,7 @@ class ClipIndex:
         held_out = f"{counts['held_out']} held out, " if counts["held_out"] else ""
         duplicates = f"{counted(counts['duplicates'], 'duplicate')}, " if counts["duplicates"] else ""
         return (
-            f"{counted(counts['files'], 'clip')} in '{self.root}': {counts['trainable']} to train on ({text}), {held_out}{duplicates}"
+            f"{counted(counts['files'], 'clip')} in '{self.source}': {counts['trainable']} to train on ({text}), {held_out}{duplicates}"
             f"{counts['static']} static, {counts['broken']} broken, {counts['without_caption']} without a caption"
         )
 
@@ -210,11 +212,9 @@ class ClipIndex:
 
     def file_paths(self) -> Iterator[str]:
         """The path of each clip's file, in the order of the clips; windows have their video's."""
-        for start in range(0, len(self._table), _BATCH):
-            part = self._table.rows(start, _BATCH, ["path", "window_first"])
+        for part in self.parts("path", "window_first"):
             for path, first in zip(*(column.to_pylist() for column in part.columns), strict=True):
                 yield path if first == WHOLE else path.rpartition("#")[0]
-            self._table.release()
 
     def frame_features(self, clip_id: int) -> np.ndarray:
         """What the clip's kept frames are clustered by: float32 (F, D).
@@ -236,9 +236,23 @@ class ClipIndex:
         """Columns of `index_table.INDEX`, a row a clip, on the file itself; what `without` said is not among it."""
         return self._table.batch.select(list(names))
 
+    def parts(self, *names: str) -> Iterator[pa.RecordBatch]:
+        """The same, a thousand rows at a time, checked; the pages of those that were read are given back.
+
+        Raises:
+            UserError: they are damaged.
+        """
+        for start in range(0, len(self._table), _BATCH):
+            yield self._table.rows(start, _BATCH, list(names))
+            self._table.release()
+
     def without(self, broken: Mapping[int, str]) -> ClipIndex:
-        """The same index with some more clips broken: by id, with the reason."""
-        return ClipIndex(self.folder, self.identity, {**self._broken, **broken})
+        """The same index with some more clips broken: by id, with the reason.
+
+        Raises:
+            UserError: another one took the place of its file meanwhile, in which ids name other clips.
+        """
+        return open_index(self.folder, self.identity, self._table.header["fingerprint"], {**self._broken, **broken}, self._table.numbering)
 
     def __eq__(self, other: object) -> bool:
         """Whether the same is known of the same clips, wherever it is kept and whenever it was found out."""
@@ -253,7 +267,7 @@ class ClipIndex:
     __hash__ = None  # type: ignore[assignment]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return open_index, (self.folder, self.identity, self._table.header["fingerprint"], self._broken)
+        return open_index, (self.folder, self.identity, self._table.header["fingerprint"], self._broken, self._table.numbering)
 
     def _value(self, column: str, clip_id: int) -> Any:
         return self._table.value(column, int(clip_id))
@@ -267,21 +281,27 @@ class ClipIndex:
         return np.setdiff1d(ids, np.array(list(self._broken), np.int64), assume_unique=True) if self._broken else ids
 
 
-def open_index(folder: Path, identity: str, fingerprint: str | None = None, broken: Mapping[int, str] | None = None) -> ClipIndex:
+def open_index(
+    folder: Path, identity: str, fingerprint: str | None = None, broken: Mapping[int, str] | None = None, numbering: str | None = None
+) -> ClipIndex:
     """The index of these settings (`IndexSettings.identity`) that is kept in a folder.
 
     Args:
         fingerprint: what it was written with (`index_table.write_index`); None: any will do.
         broken: as `ClipIndex` takes it.
+        numbering: `MappedTable.numbering` of the one that ids are of; None: any will do.
 
     Raises:
-        UserError: there is none, it is damaged, or it is not the one of that fingerprint.
+        UserError: there is none, it is damaged, or it is not the one of that fingerprint or numbering.
     """
     index = ClipIndex(Path(folder), identity, broken)
-    if fingerprint not in (None, index._table.header["fingerprint"]):
+    found = index._table.header["fingerprint"]
+    if fingerprint not in (None, found) or numbering not in (None, index._table.numbering):
+        told = f"fingerprint {found}, not {fingerprint}"
+        other = told if fingerprint not in (None, found) else f"fingerprint {found}, but its rows are numbered otherwise"
         raise UserError(
-            f"index '{index_path(folder, identity)}' was made anew by another run, of other clips, while this one was starting. Start "
-            f"again, or give each run an index of its own (rdtf.data.index_dir)."
+            f"index '{index_path(folder, identity)}' was made anew by another run, of other clips, while this one was starting ({other}). "
+            f"Start again, or give each run an index of its own (rdtf.data.index_dir)."
         )
     return index
 

@@ -164,6 +164,7 @@ def _temporary_folder() -> Path:
     folder, owner = Path(tempfile.mkdtemp(prefix="rdtf-index-")), os.getpid()
 
     def remove() -> None:
+        """Removes the folder when its owner ends; what cannot be removed stays."""
         if os.getpid() == owner:  # a forked child runs this, too
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -100,6 +100,7 @@ class IndexSettings:
         return _identity(self.row_identity, self.manifest, *apart)
 
     def to_json(self) -> dict[str, Any]:
+        """What `from_json` takes; the root as an absolute path, ``limits`` as an object."""
         return {**asdict(self), "root": os.path.abspath(self.root)}
 
     @classmethod
@@ -218,6 +219,7 @@ def write_table(path: Path, table: pa.Table) -> None:
     batch = pa.RecordBatch.from_arrays(columns, schema=table.schema)
 
     def fill(file: BinaryIO) -> None:
+        """Magic, schema, the batch, and the footer that says where it lies."""
         with pa.ipc.new_file(file, table.schema) as writer:
             writer.write_batch(batch)
 

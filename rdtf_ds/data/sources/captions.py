@@ -27,6 +27,7 @@ NO_CAPTION = " ".join([HIDDEN] * 4)
 CLIP_SUFFIXES = (".gif", ".webp", ".png", ".apng", ".webm", ".mp4")
 METADATA = ("metadata.jsonl", "metadata.csv")
 MAX_TEXT_BYTES = 1 << 20
+_QUOTE = "Quote texts that hold commas, quotes or line breaks."
 ROWS = pa.schema([("file_name", pa.string()), ("text", pa.string()), ("group", pa.string()), ("line", pa.int64())])
 
 _CJK = (
@@ -175,10 +176,13 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
     try:
         for row in reader:
             # DictReader has None for a cell the row is too short for, and a list under None for those it is too long for
+            if any(cell.strip() for cell in row.get(None) or ()):  # a text with a bare comma would lose all behind it
+                cells = f"more cells than the {len(reader.fieldnames or ())} columns of its first line"
+                raise UserError(f"{file}:{reader.line_num} has {cells}. {_QUOTE}")
             yield reader.line_num, {key: value for key, value in row.items() if key is not None}
     except csv.Error as error:
         number = reader.reader.line_num  # DictReader's own lags behind
-        raise UserError(f"{file}:{number} is not CSV: {error}. Quote texts that hold commas, quotes or line breaks.") from error
+        raise UserError(f"{file}:{number} is not CSV: {error}. {_QUOTE}") from error
 
 
 def _lines(file: Path, newline: str) -> Iterator[str]:

@@ -147,6 +147,11 @@ class _Bounded:
         self._archive, self._stream, self._left = archive, stream, most
 
     def read(self, count: int = -1) -> bytes:
+        """At most ``count`` bytes (-1: all there are), none at the end.
+
+        Raises:
+            UserError: The stream has given more than it may.
+        """
         data = self._stream.read(min(count, self._left + 1) if count >= 0 else self._left + 1)
         self._left -= len(data)
         if self._left < 0:

@@ -120,10 +120,17 @@ def _walk(root: Path) -> _Found:
                     found.clips.add(*row, False)
             elif unpack := next((tool for end, tool in PACKED_SUFFIXES.items() if entry.name.lower().endswith(end)), None):
                 found.clips.add(*_faulty(path, f"is compressed, and shards are read where they lie. Unpack it: {unpack} FILE"), False)
-            elif entry.is_dir():
+            elif _leads_to_folder(entry):
                 found.linked.append(path)
         folders += reversed(inner)
     return found
+
+
+def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle, or one to where we may not look: it hides no clips that anybody could mean
+        return False
 
 
 def _loose_row(path: str, entry: os.DirEntry[str]) -> tuple[object, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +20,6 @@ from tests.data.moving_pictures import all_frames, encode, pictures, with_hidden
 
 LIMITS = DecodeLimits()
 WHITE, RED = (255, 255, 255), (255, 0, 0)
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[DecoderPool]:
-    with DecoderPool() as children:
-        yield children
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -41,12 +42,6 @@ VIDEOS: dict[str, Callable[[Path], Path]] = {
     ),
     "narrow.mp4": lambda path: encode(path, pictures(60, 48, 64), "libx264", g="20"),
 }
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[DecoderPool]:
-    with DecoderPool() as children:
-        yield children
 
 
 @pytest.fixture(scope="module")
@@ -162,22 +157,45 @@ def test_a_video_is_hashed_once_for_all_its_windows(long_video: Path, tmp_path: 
     assert reads == [Place(path)] and len(clips) == 4
 
 
-@pytest.mark.parametrize("slow", ["read_timeline", "LongVideo.read_content"])
-def test_the_first_window_of_a_large_video_has_time_to_read_all_of_it(long_video: Path, monkeypatch: pytest.MonkeyPatch, slow: str) -> None:
-    code = (
-        "import sys, time\n"
-        "from rdtf_ds.data.clips import decoder_child, video_windows\n"
-        f"real = video_windows.{slow}\n"
-        f"video_windows.{slow} = lambda *arguments: time.sleep(1.5) or real(*arguments)\n"
-        "decoder_child.main(sys.argv[1:])\n"
+def child_with(*changes: str) -> tuple[str, ...]:
+    """Starts a child that runs these lines first."""
+    imports = "import os, sys, time\nfrom rdtf_ds.data.clips import decoder_child, video_windows"
+    return sys.executable, "-c", "\n".join([imports, *changes, "decoder_child.main(sys.argv[1:])"])
+
+
+@pytest.mark.parametrize(("call", "how_much"), [("preadv", "what[0]"), ("pread", "range(what)")], ids=["times of frames", "hash"])
+def test_there_is_time_to_read_all_of_a_large_video_as_long_as_it_is_being_read(long_video: Path, call: str, how_much: str) -> None:
+    """A disk of which each read takes a while, and a deadline that all of them together miss."""
+    slow = (
+        f"def read(file, what, at, real=os.{call}):\n    time.sleep(1.2 * (len({how_much}) > 100))\n    return real(file, what, at)",
+        f"os.{call}, video_windows._CHUNK = read, 8000",
     )
-    limits, size, window = DecodeLimits(timeout_s=1.0), long_video.stat().st_size, Window(0, 5)
+    limits, window = DecodeLimits(timeout_s=2.0), Window(0, 5)
     content = video_windows.window_content(hashlib.sha256(long_video.read_bytes()).hexdigest(), window)
-    with DecoderPool(1, (sys.executable, "-c", code)) as pool:
-        with pytest.raises(ClipError, match=r"decode_timeout_s \(1(\.\d+)? s\)"):
-            pool.decode(long_video, 16, WHITE, limits, content=content, window=window)
-        monkeypatch.setattr(decoder_pool, "_READ_BYTES_PER_S", size / 2)  # as if it were of 80 MiB
+    with DecoderPool(1, child_with(*slow)) as pool, pytest.raises(ClipError, match=r"decode_timeout_s \(2 s\)"):
+        pool.decode(long_video, 16, WHITE, limits, content=content, window=window)
+    with DecoderPool(1, child_with(*slow, "video_windows.TOLD_BYTES = 8000")) as pool:
         assert len(pool.decode(long_video, 16, WHITE, limits, content=content, window=window)) == 5
+
+
+def test_a_hang_in_a_window_of_a_huge_video_is_noticed_as_soon_as_any_other(long_video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder_pool, "place_size", lambda place: 10 * 2**30)
+    limits = DecodeLimits(timeout_s=2.0)
+    with DecoderPool(1, child_with("video_windows._upright = lambda frame: time.sleep(600)")) as pool:
+        pool.measure(long_video, limits)  # the child is there
+        start = time.monotonic()
+        with pytest.raises(ClipError, match=r"decode_timeout_s \(2 s\)") as caught:
+            pool.decode(long_video, 16, WHITE, limits, window=Window(70, 5))
+        assert caught.value.transient and time.monotonic() - start < 10
+
+
+def test_a_child_may_not_read_without_end(long_video: Path) -> None:
+    forever = "def read(video):\n    while True:\n        video_windows._has_read(1000)\nvideo_windows.LongVideo.read_content = read"
+    with (
+        DecoderPool(1, child_with("video_windows.TOLD_BYTES = 1000", forever)) as pool,
+        pytest.raises(ClipError, match="reads without end"),
+    ):
+        pool.decode(long_video, 16, WHITE, LIMITS, content="", window=Window(0, 5))
 
 
 def test_a_long_video_inside_a_shard(pool: DecoderPool, long_video: Path, tmp_path: Path) -> None:

@@ -14,15 +14,10 @@ from rdtf_ds.data.indexing.index import ClipRow, open_index
 from rdtf_ds.data.indexing.index_segments import rows_folder
 from rdtf_ds.data.indexing.problem import Problem
 from rdtf_ds.errors import UserError
-from tests.data.made_index import broken, found, make_index, settings_of
+from tests.data.made_index import KINDS, broken, found, make_index, settings_of
 
 CLIPS: list[dict[str, Any]] = [
-    {**found("a.gif", 4), "caption": "a cat"},
-    {**found("b.webp", 9, format="webp"), "group": "x"},
-    broken("c.gif", "truncated"),
-    found("d.gif", 2),
-    {**found("e.gif", 3), "held_out": True, "group": "y"},
-    {**found("f.gif", 4), "duplicate_of": 0, "caption": "a cat"},
+    *KINDS,
     {**found("00.tar", 5, offset=512, length=99), "path": "g.gif", "caption": "in a shard"},
     {**found("h.mp4", 5, window_first=8, window_count=5, format="mp4", file_content="ab"), "path": "h.mp4#0001"},
 ]
@@ -139,8 +134,8 @@ def test_equal_when_the_same_is_known_of_the_same_clips(tmp_path: Path) -> None:
     assert index == open_index(tmp_path, settings_of(tmp_path).identity) == index.without({})
     later = [{**clip, "mtime_ns": 8} for clip in CLIPS]  # found again, in another segment
     assert make_index(tmp_path, later) == index
-    assert make_index(tmp_path, [{**CLIPS[0], "caption": "a dog"}, *CLIPS[1:]]) != index
     assert index != index.without({0: "x"}) and index.without({0: "x"}) != index.without({0: "y"})
+    assert make_index(tmp_path, [{**CLIPS[0], "caption": "a dog"}, *CLIPS[1:]]) != index
     assert index != "an index" and make_index(tmp_path, CLIPS, root=tmp_path / "elsewhere") != index
 
 
@@ -151,6 +146,31 @@ def test_an_index_of_another_fingerprint_is_not_taken_for_it(tmp_path: Path) -> 
     make_index(tmp_path, CLIPS[1:])
     with pytest.raises(UserError, match="made anew by another run"):
         open_index(tmp_path, first.identity, first.fingerprint)
+
+
+def test_what_breaks_later_is_said_of_the_same_index_alone(tmp_path: Path) -> None:
+    index = make_index(tmp_path, CLIPS)
+    other = make_index(tmp_path, CLIPS[1:])
+    said = rf"index-{index.identity}.arrow' was made anew.*fingerprint {other.fingerprint}, not {index.fingerprint}.*Start again, or give"
+    with pytest.raises(UserError, match=said):
+        index.without({1: "bad"})
+
+
+def test_one_more_broken_file_numbers_the_rows_anew(tmp_path: Path) -> None:
+    """Training sees the same clips, so the fingerprint is the same; ids name others."""
+    index = make_index(tmp_path, CLIPS)
+    pickled = pickle.dumps(index)
+    later = make_index(tmp_path, [broken("0.gif", "truncated"), *CLIPS])
+    assert later.fingerprint == index.fingerprint and later.path(1) == index.path(0)
+    for use in (lambda: index.without({1: "bad"}), lambda: pickle.loads(pickled)):
+        with pytest.raises(UserError, match=f"made anew.*fingerprint {index.fingerprint}, but its rows are numbered otherwise"):
+            use()
+
+
+def test_the_summary_names_what_was_indexed(tmp_path: Path) -> None:
+    index = make_index(tmp_path, CLIPS, manifest="some.csv")
+    assert index.summary().startswith(f"8 clips in '{tmp_path}/data/some.csv': 4 to train on") and index.root == tmp_path / "data"
+    assert make_index(tmp_path, CLIPS).source == tmp_path / "data"
 
 
 def test_an_absent_index_is_a_clear_error(tmp_path: Path) -> None:

@@ -14,15 +14,10 @@ from rdtf_ds.data.indexing.index import open_index
 from rdtf_ds.data.indexing.index_segments import WHOLE, read_segments, write_segment
 from rdtf_ds.data.indexing.index_table import INDEX, MappedTable, index_path, write_index
 from rdtf_ds.errors import UserError
-from tests.data.made_index import broken, features_of, found, make_index, rows_laid_over, settings_of
+from tests.data.made_index import KINDS, broken, features_of, found, make_index, rows_laid_over, settings_of
 
 CLIPS: list[dict[str, Any]] = [
-    {**found("a.gif", 4), "caption": "a cat"},
-    {**found("b.webp", 9, format="webp"), "group": "x"},
-    broken("c.gif", "truncated"),
-    found("d.gif", 2),
-    {**found("e.gif", 3), "held_out": True, "group": "y"},
-    {**found("f.gif", 4), "duplicate_of": 0, "caption": "a cat"},
+    *KINDS,
     {**found("g.gif", 4), "held_out": True, "duplicate_of": 4},
 ]
 

@@ -113,8 +113,16 @@ def test_what_a_row_must_have(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text("name,text\na.gif,x\n")
     with pytest.raises(UserError, match=r"m.csv:2 needs file_name, a string; it has \['name', 'text'\]"):
         rows(tmp_path / "m.csv", demand_text=False)
-    (tmp_path / "m.csv").write_text("file_name,text,group\na.gif\nb.gif,x,y,z,more\n")  # too short and too long
+    (tmp_path / "m.csv").write_text("file_name,text,group\na.gif\nb.gif,x,y,, \n")  # too short, and too long by cells without anything
     assert rows(tmp_path / "m.csv", demand_text=False) == [("a.gif", None, None, 2), ("b.gif", "x", "y", 3)]
+
+
+def test_a_bare_comma_in_a_csv_does_not_cut_a_caption(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text("file_name,text\na.gif,a red dot\nb.gif,a red dot, a blue one\n")
+    with pytest.raises(UserError, match=r"m.csv:3 has more cells than the 2 columns of its first line. Quote texts that hold commas"):
+        rows(tmp_path / "m.csv")
+    (tmp_path / "m.csv").write_text('file_name,text\na.gif,a red dot\nb.gif,"a red dot, a blue one"\n')
+    assert rows(tmp_path / "m.csv")[1] == ("b.gif", "a red dot, a blue one", None, 3)
 
 
 @pytest.mark.parametrize(
