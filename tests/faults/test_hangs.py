@@ -20,7 +20,10 @@ _noticed: dict[str, float] = {}
 
 
 def ends_and_resumes(launched, since, arguments, ranks, fork_server, alone, folder):
-    """The hang is noticed; the same command then ends as the run left alone. Returns the seconds it took to notice."""
+    """The hang is noticed; the same command, with ``arguments``, then ends as the run left alone. Returns the seconds it took to notice.
+
+    ``arguments`` have the usual limit again: a busy machine may take 4 s for a step in which nothing hangs.
+    """
     assert launched.wait(LIMIT_S + SLACK_S) == RESTART, launched.said[-3000:]
     seconds = time.monotonic() - since
     assert launched.gone_within(5)
@@ -36,24 +39,25 @@ def ends_and_resumes(launched, since, arguments, ranks, fork_server, alone, fold
 
 def stop_a_process(victim, trial, fork_server, clips, undisturbed, folder):
     """SIGSTOP to the trainer of a rank, or to one of its loader workers, amid a run of 2 ranks."""
-    arguments = TRIALS[trial].arguments(clips, folder, LIMITED)
-    launched = fork_server.launch(arguments, 2, folder / "logs")
+    launched = fork_server.launch(TRIALS[trial].arguments(clips, folder, LIMITED), 2, folder / "logs")
     while lines_logged(folder) < 8:
         assert launched.poll() is None, launched.said[-3000:]
         time.sleep(0.01)
     _, trainer, *workers = launched.family(launched.ranks[1])
     launched.signal(workers[0] if victim == "loader worker" else trainer, signal.SIGSTOP)
-    return ends_and_resumes(launched, time.monotonic(), arguments, 2, fork_server, undisturbed(trial, 2), folder)
+    again = TRIALS[trial].arguments(clips, folder)
+    return ends_and_resumes(launched, time.monotonic(), again, 2, fork_server, undisturbed(trial, 2), folder)
 
 
 def hold_the_gil(workers, trial, fork_server, clips, undisturbed, folder):
     """A decoder sleeps with the GIL, in a loader worker or in the training process itself."""
-    arguments = TRIALS[trial].arguments(clips, folder, LIMITED, f"rdtf.data.workers={workers}")
-    launched = fork_server.launch(arguments, 1, folder / "logs", {FAULT: f"gil sample={SAMPLE}"})
+    few = f"rdtf.data.workers={workers}"
+    launched = fork_server.launch(TRIALS[trial].arguments(clips, folder, LIMITED, few), 1, folder / "logs", {FAULT: f"gil sample={SAMPLE}"})
     while lines_logged(folder) < SAMPLE // 2:
         assert launched.poll() is None, launched.said[-3000:]
         time.sleep(0.01)
-    seconds = ends_and_resumes(launched, time.monotonic(), arguments, 1, fork_server, undisturbed(trial, 1), folder)
+    again = TRIALS[trial].arguments(clips, folder, few)
+    seconds = ends_and_resumes(launched, time.monotonic(), again, 1, fork_server, undisturbed(trial, 1), folder)
     stacks = (folder / "stacks_rank0000.txt").read_text()
     assert "in decode" in stacks or "in __getitem__" in stacks, "the stacks show where it hangs"
     return seconds
