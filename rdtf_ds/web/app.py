@@ -6,10 +6,12 @@ gradio is the extra `ui`; only this file imports it.
 from __future__ import annotations
 
 import html
+import math
 import os
 import random
 import threading
-from collections import deque
+import time
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -141,7 +143,7 @@ class Desk:
     def __init__(self, studio: Studio, page: gr.Blocks) -> None:
         self._studio, self._page = studio, page
         self._running: dict[str | None, threading.Event] = {}
-        self._left: deque[str | None] = deque(maxlen=LEFT)
+        self._left: OrderedDict[str | None, float] = OrderedDict()  # when, by session
 
     def make(self, request: gr.Request, progress: gr.Progress = gr.Progress(), *values: Any) -> tuple[str, str, str]:  # noqa: B008
         """(values of the page) -> the GIF to show, the file to offer, what to say of it. gradio fills in the first two by their kinds."""
@@ -183,15 +185,20 @@ class Desk:
         """Whether the page is served and the visitor still listens for what is made.
 
         gradio lets a function go on whoever leaves. Only a browser's page has an ``unload``; a request made by hand has a connection, and
-        when it ends gradio no more than marks the event in its table of what runs, for which it has no public name.
+        when it ends gradio no more than marks the event in its table of what runs, for which it has no public name. Who asks after they
+        left is back: gradio takes a page whose machine slept, or lost its network, for one that was closed.
         """
         running = (event for events in self._page._queue.active_jobs if events for event in events)
-        listens = all(event.alive for event in running if event.session_hash == session)
-        return self._page.is_running and listens and session not in self._left
+        asked = [event for event in running if event.session_hash == session]
+        left = self._left.get(session, -math.inf)
+        return self._page.is_running and all(event.alive and event.enqueue_time > left for event in asked)
 
     def leave(self, request: gr.Request) -> None:
         """The visitor closed the page: their clip ends after the step it is at, or before the first if it is still in the queue."""
-        self._left.append(request.session_hash)
+        self._left[request.session_hash] = time.monotonic()  # the clock of gradio's queue
+        self._left.move_to_end(request.session_hash)
+        if len(self._left) > LEFT:
+            self._left.popitem(last=False)
 
     def stop(self, request: gr.Request) -> None:
         """Ends the visitor's clip after the step it is at; nothing to do if none is being made."""
