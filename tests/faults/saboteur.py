@@ -86,6 +86,17 @@ def small_files(bytes: int, first: int = 1, last: int = sys.maxsize) -> None:
     _in_saves(first, last, limited)
 
 
+def impatient(seconds: int) -> None:
+    """No fault: waits so long for another trainer of the folder to end, instead of half a minute."""
+    from rdtf_ds.training.run_lock import RunLock
+
+    def take(original: Callable[..., Any], self: Any) -> None:
+        self._wait_s = seconds
+        original(self)
+
+    _wrap(RunLock, "_take", take)
+
+
 def dump() -> None:
     """What a start has in memory once it has resumed is saved to ``OUT/resumed/stepNNNNNNNN-ranksM``, as a checkpoint is."""
     import torch.distributed as dist
@@ -121,7 +132,7 @@ def measure() -> None:
     _wrap(rdtf_ds.train, "train", train)
 
 
-_ALL = (gil, nan, failing_save, small_files, dump, measure)
+_ALL = (gil, nan, failing_save, small_files, impatient, dump, measure)
 FAULTS: dict[str, Callable[..., None]] = {fault.__name__: fault for fault in _ALL}
 
 
