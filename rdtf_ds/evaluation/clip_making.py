@@ -30,9 +30,8 @@ from rdtf_ds.errors import UserError
 from rdtf_ds.evaluation.protocol import Task
 from rdtf_ds.evaluation.test_set import RealClip, real_frames
 from rdtf_ds.generation.jobs import Job
+from rdtf_ds.generation.loading import load_pipeline
 from rdtf_ds.generation.making import make_clips
-from rdtf_ds.models.devices import DTYPES
-from rdtf_ds.pipeline import RDTFPipeline
 from rdtf_ds.processes import die_with_parent
 
 REAL, SUFFIX = "real", ".png"
@@ -88,8 +87,8 @@ class Making:
         return [(task, clips) for task, clips in self.batches() if not all(self.path(task.name, clip).is_file() for clip in clips)]
 
     def made(self) -> int:
-        """Clips of batches that are whole."""
-        return len(self.tasks) * len(self.clips) - sum(len(clips) for _, clips in self.unfinished())
+        """Clips that are there."""
+        return sum(self.path(task.name, clip).is_file() for task in self.tasks for clip in self.clips)
 
 
 def write_real(making: Making, index: ClipIndex, on_clips: OnClips = lambda count: None) -> None:
@@ -160,11 +159,11 @@ def make_missing(making: Making, processes: int = 1, on_clips: OnClips = lambda 
 
 def _make(making: Making, batches: Sequence[Batch], device: str, on_clips: OnClips) -> None:
     torch.set_num_threads(making.threads)
-    pipeline: Any = RDTFPipeline.from_pretrained(making.model, torch_dtype=DTYPES[making.dtype]).to(device)
+    pipeline: Any = load_pipeline(making.model, device, making.dtype)
     pipeline.set_progress_bar_config(disable=True)
     for task, clips in batches:
         jobs = [_job(making, task, clip) for clip in clips]
-        make_clips(
+        made = make_clips(
             pipeline,
             jobs,
             making.folder / task.name,
@@ -173,7 +172,7 @@ def _make(making: Making, batches: Sequence[Batch], device: str, on_clips: OnCli
             identity=making.identity,
             keep_given=making.keep_given,
         )
-        on_clips(len(jobs))
+        on_clips(len(made.made))  # a batch is made whole, and what was there of it is left
 
 
 def _job(making: Making, task: Task, clip: RealClip) -> Job:

@@ -12,20 +12,19 @@ from typing import Any
 
 from tqdm import tqdm
 
-from rdtf_ds import __version__
 from rdtf_ds.errors import UserError
-from rdtf_ds.exported_model import model_hash
 from rdtf_ds.generation.grids import grid, parse_axes
 from rdtf_ds.generation.jobs import Job, batches, check_jobs, refuse
+from rdtf_ds.generation.loading import identity_of, load_pipeline
 from rdtf_ds.generation.making import find_made, make_clips, metadata_of
 from rdtf_ds.generation.model_outline import ModelOutline
 from rdtf_ds.generation.prompts import is_frame_number, read_prompts, slug
 from rdtf_ds.generation.sheets import MOST_CLIPS, write_sheets
-from rdtf_ds.models.devices import DTYPES, choose_device
-from rdtf_ds.pipeline import RDTFPipeline
+from rdtf_ds.models.devices import choose_device
 
 SUFFIXES = (".gif", ".webp", ".png", ".apng", ".mp4", ".webm")
 SHEET = "contact_sheet"
+_MOST_CLIPS = 100_000  # of one prompt; their names and seeds are held in memory
 _LARGEST_SIDE = 4096  # pixels of an enlarged clip; beyond, minutes and gigabytes go into a file that no viewer plays
 _SETTINGS = ("frames", "steps", "sampler", "eta", "text_scale", "image_scale")
 
@@ -56,11 +55,7 @@ class Order:
     def fill(self) -> dict[str, object]:
         """Load the model, make what is missing, write the sheets; returns what the command reports."""
         started = time.perf_counter()
-        pipeline = RDTFPipeline.from_pretrained(self.model, torch_dtype=DTYPES[self.dtype])
-        if self.offload:
-            pipeline.enable_model_cpu_offload()
-        else:
-            pipeline.to(self.device)
+        pipeline = load_pipeline(self.model, self.device, self.dtype, self.offload)
         calls = sum(1 for _ in batches(self.jobs, self.options["batch"]))
         # Either steps or clips are counted on the screen.
         pipeline.set_progress_bar_config(disable=calls > 1)  # type: ignore[no-untyped-call]
@@ -115,7 +110,7 @@ def take_order(arguments: argparse.Namespace) -> Order:
     options = {
         "batch": arguments.batch,
         "suffix": arguments.suffix if arguments.out is None else arguments.out.suffix,
-        "identity": {"model": model_hash(arguments.model), "dtype": dtype, "rdtf_ds": __version__},
+        "identity": identity_of(arguments.model, dtype),
         "keep_given": not arguments.redraw_frames,
         "fit": arguments.fit,
         "scale": arguments.scale,
@@ -161,6 +156,8 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
     for name in ("count", "batch", "scale"):
         if getattr(arguments, name) < 1:
             problems.append(f"--{name} is {getattr(arguments, name)}; it must be at least 1.")
+    if arguments.count > _MOST_CLIPS:
+        problems.append(f"--count is {arguments.count}; give at most {_MOST_CLIPS}, and the rest in further calls with another --seed.")
     refuse(problems)
 
 

@@ -12,11 +12,11 @@ from typing import Any
 from PIL import Image
 
 from rdtf_ds.errors import UserError
-from rdtf_ds.exported_model import model_hash
 from rdtf_ds.generation.jobs import Job
+from rdtf_ds.generation.loading import identity_of, load_pipeline
 from rdtf_ds.generation.making import make_clips
 from rdtf_ds.generation.pictures import open_picture
-from rdtf_ds.models.devices import DTYPES, choose_device
+from rdtf_ds.models.devices import choose_device
 from rdtf_ds.pipeline import RDTFPipeline
 
 UPLOADED = {"_type": "gradio.FileData"}
@@ -39,7 +39,7 @@ class Studio:
     Attributes:
         pipeline: loaded, on its device.
         folder: exists; the clips of all visitors.
-        identity: what every clip's metadata says of the model, such as its hash.
+        identity: what every clip's metadata say of the model, see `identity_of`.
     """
 
     pipeline: RDTFPipeline
@@ -101,12 +101,12 @@ def open_studio(model: Path, folder: Path, device: str = "auto", dtype: str = "a
     """Load an exported model for the page; ``folder`` is where clips go.
 
     Raises:
-        UserError: no model there or a damaged one, or no GPU.
+        UserError: no model there or a damaged one, no GPU, or one without the memory for it.
     """
     device, dtype = choose_device(device, dtype)
-    pipeline = RDTFPipeline.from_pretrained(model, torch_dtype=DTYPES[dtype]).to(device)
+    pipeline = load_pipeline(model, device, dtype)
     pipeline.set_progress_bar_config(disable=True)  # the page shows how far a clip is
-    return Studio(pipeline, folder, {"model": model_hash(model)})
+    return Studio(pipeline, folder, identity_of(model, dtype))
 
 
 def open_upload(upload: Any, number: int, uploads: Path) -> Image.Image:

@@ -104,6 +104,7 @@ def test_sampling_options_reach_the_model(generate, tmp_path):
         (("--frame", "0={folder}/absent.png"), "no such file"),
         (("--frame", "0={folder}/broken.png"), "cannot be read"),
         (("--prompt", "a", "--count", "0"), "--count is 0"),
+        (("--prompt", "a", "--count", "1000000000"), "--count is 1000000000; give at most 100000"),
         (("--prompt", "a", "--scale", "0"), "--scale is 0"),
         (("--prompt", "a", "--scale", "257"), "--scale 257 makes clips of 4112 pixels a side; with this model give at most 256"),
         (("--prompt", "a", "--steps", "0"), "1 to 1000"),
