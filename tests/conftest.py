@@ -39,6 +39,7 @@ def real_data() -> Path:
     return folder
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """How two processes share the suite: what launches whole runs goes to one of them, one after the other; other files go whole."""
     for item in items:

@@ -10,7 +10,7 @@ import pytest
 from rdtf_ds.data.clips.clip import DecodeLimits
 from rdtf_ds.data.clips.decoder_pool import DecoderPool
 from rdtf_ds.data.clips.writing import write_clip
-from rdtf_ds.memory.video_decoders import RESIDENT_BYTES, video_decoders
+from rdtf_ds.memory.video_decoders import LARGE_BYTES, RESIDENT_BYTES, video_decoders
 
 WHITE = (255, 255, 255)
 
@@ -37,6 +37,20 @@ def test_one_takes_what_is_said(tmp_path: Path) -> None:
         measured = in_use(child.pid, "VmRSS")
     print(f"{measured / 1e6:.1f} MB")
     assert measured == pytest.approx(RESIDENT_BYTES, rel=0.3)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("count", "side", "told"), [(72, 256, 124_000_000), (100, 1024, 156_000_000), (60, 2048, LARGE_BYTES)])
+def test_one_that_takes_all_frames_of_larger_clips(tmp_path: Path, count: int, side: int, told: int) -> None:
+    """The most it ever has, of the figures that docs/memory.md tells."""
+    write_clip(gradients(count, side), tmp_path / "clip.mp4", 40)
+    with DecoderPool() as pool:
+        for _ in range(3):
+            assert len(pool.decode(tmp_path / "clip.mp4", 256, WHITE, DecodeLimits())) == count
+        (child,) = pool._children
+        measured = in_use(child.pid, "VmHWM")
+    print(f"{count} frames of {side} x {side}: {measured / 1e6:.1f} MB")
+    assert measured == pytest.approx(told, rel=0.3)
 
 
 def test_each_process_that_loads_clips_has_one() -> None:
