@@ -39,7 +39,7 @@ demo: $(STAMP) ## train a tiny model on generated stickers, make GIFs under runs
 	$(BIN)/python tools/demo.py
 
 test: $(STAMP) ## the test suite
-	$(BIN)/python -m pytest -q -m "not soak" -n 2 --dist loadgroup $(PYTEST)
+	$(BIN)/python -m pytest -q -m "not soak" -n 2 --dist loadscope $(PYTEST)
 
 # TORCH_INDEX is not handed on: a CPU wheel of the same version would be taken for the build that V100s get.
 test-v100-lock: ## the test suite on the CPU with requirements/v100.txt, in its own .venv-v100 (8 GB, mostly CUDA)

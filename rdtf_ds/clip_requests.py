@@ -54,7 +54,7 @@ def clip_requests(
         UserError: lists of different lengths, frame numbers outside 0 … num_frames − 1, every frame given, no picture where one is due, or
             a clip with nothing to go by, frame numbers or seeds that are no whole numbers, or a prompt that is no text, see `check_text`.
     """
-    prompts = None if prompt is None or isinstance(prompt, str) else list(prompt)
+    prompts = list(prompt) if isinstance(prompt, Iterable) and not isinstance(prompt, (str, bytes)) else None
     mappings = None if frames is None or isinstance(frames, Mapping) else _mappings(frames)
     numbered = _seeds_by_clip(seeds, generator)
     lists = {"prompt": prompts, "frames": mappings, "seeds": numbered if isinstance(numbered, list) else None}
@@ -117,8 +117,10 @@ def frame_durations(durations_ms: int | Sequence[int], num_frames: int) -> list[
 def check_text(what: str, text: str) -> None:
     """
     Raises:
-        UserError: ``text`` holds one half of a surrogate pair, which is no character, and which neither tokenizers nor files take.
+        UserError: it is no text, or holds one half of a surrogate pair, which is no character, and which neither tokenizers nor files take.
     """
+    if not isinstance(text, str):
+        raise UserError(f"{what} is {type(text).__name__}; give a text, or None for no caption.")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -199,10 +201,12 @@ def _pictures(frames: Frames, num_frames: int) -> dict[int, Image.Image]:
 def _as_image(picture: Picture, number: int) -> Image.Image:
     """The picture in RGB, or in RGBA if something of it may be transparent."""
     if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[-1] in (3, 4):
-        return Image.fromarray(picture)
+        picture = Image.fromarray(picture)
     if not isinstance(picture, Image.Image):
         kind = f"{picture.dtype} {picture.shape}" if isinstance(picture, np.ndarray) else type(picture).__name__
         raise UserError(f"frame {number} is {kind}; give a PIL image or a uint8 array (H, W, 3 or 4).")
+    if 0 in picture.size:
+        raise UserError(f"frame {number} is {picture.width} x {picture.height} pixels, which is no picture.")
     if picture.mode == "F":
         raise UserError(f"frame {number} is a picture of floating-point numbers, whose white nobody knows; give one of 8 or 16 bits.")
     if picture.mode.startswith("I"):  # 16 bits of grey, which Pillow's own conversion would cut off at 255

@@ -140,10 +140,10 @@ class SamplingSection(_Section):
 
     sampler: Literal["ddim", "dpm++", "unipc"] = "ddim"
     steps: Positive = 50
-    eta: Annotated[float, Field(ge=0)] = Field(default=1.0, description="noise added while sampling, by DDIM alone; 0: none")
+    eta: Annotated[float, Field(ge=0, le=1)] = Field(default=1.0, description="noise added while sampling, by DDIM alone; 0: none")
     text_scale: float = 7.5
     image_scale: float = 7.5
-    frame_ms: Annotated[int, Field(ge=10)] = Field(default=120, description="milliseconds each frame of a made clip is shown")
+    frame_ms: Annotated[int, Field(ge=10, le=65_535)] = Field(default=120, description="milliseconds each frame of a made clip is shown")
 
 
 class OptimizerSection(_Section):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,18 @@ PARTS = {
     "tokenizer_2": ("tokenizer_config.json", False),
     "scheduler": ("scheduler_config.json", False),
 }
+# Of a tokenizer's files those that hold no words; from these alone transformers makes one without any complaint.
+_WORDLESS = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"}
+_BY_BYTES = "ByT5Tokenizer"  # needs no vocabulary
+_SHARD = re.compile(r"(.+)-\d+-of-\d+\.safetensors")
 _REMEDY = "Copy the folder again, or export once more: python tools/export_fp16.py CHECKPOINT OUT."
 
 
 def check_model(folder: str | Path, given: Collection[str] = ()) -> None:
     """Looks at every part of an exported model without loading weights.
 
-    Whether all files are there, can be read, and are as long as their headers say; and whether the U-Net's are the parameters of the model
-    its config describes. (What was changed inside of a file without its length is not seen here.)
+    Whether all files are there, can be read, and are as long as their headers say; whether tokenizers have their words; and whether the
+    U-Net's are the parameters of the model its config describes. (What was changed inside of a file without its length is not seen here.)
 
     Args:
         given: parts that come from elsewhere and need not be in the folder.
@@ -53,6 +58,8 @@ def check_model(folder: str | Path, given: Collection[str] = ()) -> None:
         if not place.is_dir():
             raise UserError(f"'{folder}' lacks its part {part}: there is no folder '{place}'. {_REMEDY}")
         config = _read_json(place / description)
+        if part.startswith("tokenizer"):
+            _check_words(place, config)
         shapes = _shapes(place) if has_weights else {}
         if part == "unet":
             _check_network(place, config, shapes)
@@ -91,6 +98,16 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def _check_words(place: Path, config: dict[str, Any]) -> None:
+    """Without its vocabulary a tokenizer takes every word for an unknown one, and the model would make clips of no caption."""
+    files = {path.name: path for path in place.iterdir() if path.is_file()}
+    if config.get("tokenizer_class") != _BY_BYTES and files.keys() <= _WORDLESS:
+        raise UserError(f"'{place}' has no vocabulary (tokenizer.json, vocab.json or spiece.model), so no caption could be read. {_REMEDY}")
+    for name in sorted(files):
+        if name.endswith(".json"):
+            _read_json(files[name])
+
+
 def _shapes(place: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of a part's tensors by name, from the headers of its one file or of all shards that its index names."""
     shapes: dict[str, tuple[int, ...]] = {}
@@ -109,6 +126,8 @@ def _weight_files(place: Path) -> Iterator[tuple[Path, set[str] | None]]:
         files = sorted(place.glob("*.safetensors"))
         if not files:
             raise UserError(f"'{place}' has no weights: no file there ends in .safetensors. {_REMEDY}")
+        if shards := [match for path in files if (match := _SHARD.fullmatch(path.name))]:
+            raise UserError(f"'{place}' lacks {shards[0][1]}.safetensors.index.json, which says what is in which of its shards. {_REMEDY}")
         yield from ((path, None) for path in files)
     for index in indexes:
         where = _read_json(index).get("weight_map")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -197,6 +198,9 @@ class RDTFPipeline(DiffusionPipeline):
             config.text_scale if text_scale is None else text_scale,
             config.image_scale if image_scale is None else image_scale,
         )
+        for key, value in (("num_frames", found.num_frames), ("num_inference_steps", found.steps)):
+            if not isinstance(value, Integral):
+                raise UserError(f"{key} is {value!r}; give a whole number.")
         if not MIN_FRAMES <= found.num_frames <= config.max_frames:
             raise UserError(f"num_frames is {found.num_frames}; this model makes {MIN_FRAMES} to {config.max_frames} frames.")
         trained = self.scheduler.config.num_train_timesteps
@@ -263,7 +267,7 @@ class RDTFPipeline(DiffusionPipeline):
         pixels, visible = self._visible_pixels(requests, settings.num_frames, fit)
         condition = self._condition([request.prompt for request in requests], pixels, visible, settings)
         noise = samplers.ClipNoise([request.seed for request in requests], self._noise_shape(), settings.num_frames)
-        steps = StepOptions(max_batch, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        steps = samplers.StepOptions(max_batch, callback_on_step_end, callback_on_step_end_tensor_inputs)
         made = self._denoise(condition, noise, latents, settings, steps)
         result = made if output_type == "latent" else self._pictures(made, pixels, visible & keep_given_frames, output_type)
         self.maybe_free_model_hooks()  # type: ignore[no-untyped-call]
@@ -328,7 +332,7 @@ class RDTFPipeline(DiffusionPipeline):
         return self.unet.config.out_channels, self.config.max_frames, side, side
 
     def _denoise(
-        self, condition: Conditioning, noise: samplers.ClipNoise, latents: Tensor | None, settings: Settings, options: StepOptions
+        self, condition: Conditioning, noise: samplers.ClipNoise, latents: Tensor | None, settings: Settings, options: samplers.StepOptions
     ) -> Tensor:
         """The sampling loop, latents in float32 whatever the model's dtype: float32 (B, C, F, h, w)."""
         device = self._execution_device
@@ -347,11 +351,8 @@ class RDTFPipeline(DiffusionPipeline):
                 latents = samplers.step(scheduler, epsilon, timestep, latents, settings.eta or 0.0, lambda: noise.draw().to(device))
                 latents = options.call_back(self, number, timestep, latents)
                 bar.update()
-        if not torch.isfinite(latents).all():
-            wider = "torch_dtype=torch.float32 (generate.py: --dtype float32)"
-            remedy = f"Take {'smaller guidance scales' if self.unet.dtype == torch.float32 else wider}"
-            diverged = "if that fails too, the exported training run has diverged"
-            raise UserError(f"the model made NaN or infinite values in {self.unet.dtype}. {remedy}; {diverged}.")
+        diverged = "the exported training run has diverged"
+        _refuse_unless_finite(latents, "model", self.unet.dtype, "Take smaller guidance scales", diverged)
         return latents
 
     def _guided_noise(self, latents: Tensor, timestep: Tensor, condition: Conditioning, max_batch: int | None) -> Tensor:
@@ -369,25 +370,24 @@ class RDTFPipeline(DiffusionPipeline):
 
     def _pictures(self, latents: Tensor, pixels: Tensor, kept: Tensor, output_type: str) -> np.ndarray | list[list[Image.Image]]:
         decoded = self.frame_autoencoder().decode(latents).cpu()
+        other = "its weights are damaged or it is none for this model: export with another one (--encoders autoencoder=FOLDER)"
+        _refuse_unless_finite(decoded, "autoencoder", self.vae.dtype, "Take smaller guidance scales", other)
         made = ((decoded + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         made = torch.where(rearrange(kept, "b f -> b 1 f 1 1"), pixels, made)
         clips = rearrange(made, "b c f h w -> b f h w c").contiguous().numpy()
         return clips if output_type == "np" else [[Image.fromarray(frame) for frame in clip] for clip in clips]
 
 
-class StepOptions(NamedTuple):
-    """How steps are made, beside what they compute."""
+def _refuse_unless_finite(values: Tensor, who: str, dtype: torch.dtype, smaller: str, lost: str) -> None:
+    """Bytes have no NaN: it would be shown as black.
 
-    max_batch: int | None
-    callback: Callable[..., dict[str, Tensor]] | None
-    callback_inputs: Sequence[str]
-
-    def call_back(self, pipeline: RDTFPipeline, number: int, timestep: Tensor, latents: Tensor) -> Tensor:
-        """The latents, or what the callback puts in their place."""
-        if self.callback is None:
-            return latents
-        offered = {name: {"latents": latents}[name] for name in self.callback_inputs}
-        return self.callback(pipeline, number, timestep, offered).pop("latents", latents)
+    Args:
+        who: made the values, in ``dtype``.
+        smaller, lost: what may help in float32, and what is wrong if nothing does.
+    """
+    if not torch.isfinite(values).all():
+        remedy = smaller if dtype == torch.float32 else "Take torch_dtype=torch.float32 (generate.py: --dtype float32)"
+        raise UserError(f"the {who} made NaN or infinite values in {dtype}. {remedy}; if that fails too, {lost}.")
 
 
 def _check_choices(output_type: str, max_batch: int | None, callback_inputs: Sequence[str]) -> None:

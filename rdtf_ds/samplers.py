@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
@@ -115,6 +115,21 @@ def step(
         noise = {"variance_noise": draw_noise()}
     stepped: Tensor = scheduler.step(epsilon, timestep, latents, **noise, return_dict=False)[0]
     return stepped
+
+
+class StepOptions(NamedTuple):
+    """How steps are made, beside what they compute; see `RDTFPipeline`'s call for each."""
+
+    max_batch: int | None
+    callback: Callable[..., dict[str, Tensor]] | None
+    callback_inputs: Sequence[str]
+
+    def call_back(self, pipeline: Any, number: int, timestep: Tensor, latents: Tensor) -> Tensor:
+        """The latents, or what the callback puts in their place."""
+        if self.callback is None:
+            return latents
+        offered = {name: {"latents": latents}[name] for name in self.callback_inputs}
+        return self.callback(pipeline, number, timestep, offered).pop("latents", latents)
 
 
 class ClipNoise:

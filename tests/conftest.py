@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 # Before torch, DeepSpeed and the hub client are imported, and inherited by every process a test starts.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -39,10 +40,17 @@ def real_data() -> Path:
     return folder
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """How two processes share the suite: what launches whole runs goes to one of them, one after the other; other files go whole."""
-    for item in items:
-        file = item.nodeid.partition("::")[0]
-        launches = file.startswith(("tests/faults/", "tests/integration/"))
-        item.add_marker(pytest.mark.xdist_group("launches" if launches else file))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Shared(LoadScopeScheduling):
+        """By file but for launches. (Marks of `--dist loadgroup` are lost between pytest-xdist 3.8 and pytest 9.2.)"""
+
+        def _split_scope(self, nodeid: str) -> str:
+            """The name of what goes to one process, of the test ``tests/PLACE/FILE.py::NAME``."""
+            file = nodeid.partition("::")[0]
+            return "launches" if file.startswith(("tests/faults/", "tests/integration/")) else file
+
+    return Shared(config, log)

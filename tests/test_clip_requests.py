@@ -77,6 +77,8 @@ def test_what_is_no_picture_is_refused():
         given(transparent)
     with pytest.raises(UserError, match=r"uint16 \(8, 8, 3\)"):
         given(np.zeros((SIZE, SIZE, 3), np.uint16))
+    with pytest.raises(UserError, match="frame 1 is 0 x 0 pixels, which is no picture"):
+        given(np.zeros((0, 0, 3), np.uint8), fit=True)
 
 
 def test_a_clip_needs_something_to_go_by_unless_it_is_asked_for_without():

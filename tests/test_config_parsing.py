@@ -47,6 +47,8 @@ class TestStrictness:
             ("rdtf.max_steps=0", "greater than 0"),
             ('rdtf.ema.enabled="yes"', "valid boolean"),
             ("rdtf.ema.decay=1.0", "less than 1"),
+            ("rdtf.sampling.eta=2", "less than or equal to 1"),
+            ("rdtf.sampling.frame_ms=100000", "less than or equal to 65535"),
             ("rdtf.data.background=[0,0,256]", "less than or equal to 255"),
             ("rdtf.data.background=[0,0]", "Field required"),
             ("rdtf.optimizer.learning_rate=null", "valid number"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers import ByT5Tokenizer
 
 from rdtf_ds.errors import UserError
 from rdtf_ds.exported_model import PARTS, check_model, model_hash
@@ -105,6 +106,32 @@ def test_sharded_weights(model):
         index = json.dumps({"weight_map": where})
         (model / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(index)
         refused(model, "names no shards")
+
+
+def test_shards_without_their_index_are_named(model):
+    shard(model)
+    (model / "unet" / "diffusion_pytorch_model.safetensors.index.json").unlink()
+    refused(model, "unet' lacks diffusion_pytorch_model.safetensors.index.json, which says .*Copy the folder again")
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "tokenizer_2"])
+def test_a_tokenizer_without_its_words_is_named(model, part):
+    """transformers loads it, and then every word is the unknown one."""
+    file = model / part / "tokenizer.json"
+    content = file.read_text()
+    file.write_text(content[: len(content) // 2])
+    refused(model, f"{part}/tokenizer.json' cannot be read: .*Copy the folder again")
+    file.unlink()
+    (model / part / "special_tokens_map.json").write_text("{}")
+    refused(model, f"{part}' has no vocabulary .*so no caption could be read. Copy the folder again")
+    (model / part / "spiece.model").write_bytes(b"words")
+    check_model(model)
+
+
+def test_a_tokenizer_of_bytes_needs_no_words(model):
+    shutil.rmtree(model / "tokenizer_2")
+    ByT5Tokenizer().save_pretrained(str(model / "tokenizer_2"))
+    check_model(model)
 
 
 def test_weights_of_another_network_are_refused_and_not_filled_up_with_random_ones(model):

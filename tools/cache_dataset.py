@@ -62,6 +62,13 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    except torch.OutOfMemoryError:
+        print(
+            f"the GPU's memory does not do for the encoders and one clip. What is in '{options.out}' is whole, the same command goes on: "
+            "see by nvidia-smi what else is on that GPU, or take another one by CUDA_VISIBLE_DEVICES.",
+            file=sys.stderr,
+        )
+        return UserError.exit_code
     except KeyboardInterrupt:
         print(f"Interrupted; what is in '{options.out}' is whole, the same command goes on.", file=sys.stderr)
         return 130
@@ -134,10 +141,10 @@ def open_or_create(out: Path, header: CacheHeader) -> FeatureCache:
 
 @contextmanager
 def alone(out: Path) -> Iterator[None]:
-    """One process at a time.
+    """One process at a time; who has to wait is told so.
 
     Raises:
-        UserError: The folder cannot be made or written.
+        UserError: The folder cannot be made, written or locked.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -145,7 +152,13 @@ def alone(out: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"'{out}' cannot be written ({error.strerror}). Give --out a folder you may write to.") from error
     with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"Another process looks through the clips for '{out}': waiting until it has, then both make features.", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise UserError(f"'{out}' cannot be locked ({error.strerror}). Give --out a folder on a disk that knows flock(2).") from error
         yield
 
 

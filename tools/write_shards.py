@@ -10,9 +10,10 @@ appears when it is complete; stopped before that, start it anew.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -20,9 +21,11 @@ import pyarrow.compute as pc  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from rdtf_ds.data.clips.clip import ClipError  # noqa: E402
+from rdtf_ds.data.clips.headers import sniff_format  # noqa: E402
 from rdtf_ds.data.clips.places import read_place  # noqa: E402
+from rdtf_ds.data.sources.captions import CLIP_SUFFIXES  # noqa: E402
 from rdtf_ds.data.sources.listing import Listing  # noqa: E402
-from rdtf_ds.data.sources.shards import ShardWriter  # noqa: E402
+from rdtf_ds.data.sources.shards import MAX_CLIP_BYTES, ShardWriter  # noqa: E402
 from rdtf_ds.data.sources.sources import list_clips  # noqa: E402
 from rdtf_ds.errors import UserError  # noqa: E402
 from rdtf_ds.wording import counted  # noqa: E402
@@ -70,12 +73,15 @@ def run(data: Path, out: Path, shard_bytes: int) -> tuple[list[Path], int, list[
     Raises:
         UserError: There is nothing to write, ``out`` is there or lies inside of ``data``, or a clip is larger than a shard.
     """
-    if data.is_dir() and out.resolve().is_relative_to(data.resolve()):
+    if data.is_dir() and Path(os.path.realpath(out)).is_relative_to(data.resolve()):  # Path.resolve falls over links in a circle
         raise UserError(f"'{out}' lies inside of '{data}', so that each clip would be found there twice. Name a folder outside of it.")
     listing = list_clips(data)
     largest = pc.max(listing.table["size"].filter(pc.is_null(listing.table["fault"]))).as_py()
     if largest is None:
         raise UserError(f"'{data}' has no clip that may be opened; the first: {next(_faults(listing))}. Nothing was written.")
+    if largest > MAX_CLIP_BYTES:
+        remedy = "Take it out of a set for shards, or train from the files as they are."
+        raise UserError(f"the largest clip has {largest} bytes, and a shard holds clips of at most {MAX_CLIP_BYTES}. {remedy}")
     if largest > shard_bytes:
         remedy = f"Give --shard_mb {-(-largest // 2**20)} or more."
         raise UserError(f"the largest clip has {largest} bytes, which is more than --shard_mb {shard_bytes // 2**20}. {remedy}")
@@ -87,13 +93,24 @@ def run(data: Path, out: Path, shard_bytes: int) -> tuple[list[Path], int, list[
             for path, caption, group, fault in zip(*(column.to_pylist() for column in batch.columns), strict=True):
                 if fault is None:
                     try:
-                        writer.add(path, read_place(listing.place(row), shard_bytes), caption, group)
+                        data = read_place(listing.place(row), shard_bytes)
+                        writer.add(path, data, caption, group, _suffix(path, data))
                         clips += 1
                     except ClipError as error:
                         left_out.append(str(error))
                 row += 1
                 progress.update()
     return writer.close(), clips, left_out
+
+
+def _suffix(path: str, data: bytes) -> str:
+    """Of the name, else of the content: the json in a shard may call a clip whatever it likes. ClipError: neither tells that it is one."""
+    suffix = PurePosixPath(path).suffix.lower()
+    if suffix in CLIP_SUFFIXES:
+        return suffix
+    if (format := sniff_format(data)) is None:
+        raise ClipError(path, f"is no clip, neither by its name ({', '.join(CLIP_SUFFIXES)}) nor by its first bytes")
+    return f".{format}"
 
 
 def _faults(listing: Listing) -> Iterator[str]:

@@ -58,8 +58,16 @@ class CacheHeader:
 
 
 def write_header(folder: Path, header: CacheHeader) -> None:
-    """Make a folder a cache."""
-    write_atomically(folder / HEADER, (json.dumps({"format": FORMAT, **asdict(header)}, indent=2) + "\n").encode())
+    """Make a folder a cache.
+
+    Raises:
+        CacheError: it cannot be written.
+    """
+    path = folder / HEADER
+    try:
+        write_atomically(path, (json.dumps({"format": FORMAT, **asdict(header)}, indent=2) + "\n").encode())
+    except OSError as error:
+        raise CacheError(f"'{path}' cannot be written ({error.strerror}). Free some space, or make the cache in another folder.") from error
 
 
 def read_header(folder: Path) -> CacheHeader:

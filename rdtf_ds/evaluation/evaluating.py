@@ -22,7 +22,7 @@ from rdtf_ds.data.clips.writing import write_atomically
 from rdtf_ds.data.indexing.index import ClipIndex
 from rdtf_ds.errors import UserError
 from rdtf_ds.evaluation.clip_making import REAL, SUFFIX, Making, make_missing, read_clips, told_unless_written, write_real
-from rdtf_ds.evaluation.measures import Instruments, Measures
+from rdtf_ds.evaluation.measures import Instruments, Measures, told_if_full
 from rdtf_ds.evaluation.page import render, view_clips
 from rdtf_ds.evaluation.protocol import TASKS, Task, differences
 from rdtf_ds.evaluation.tables import Report, Table, markdown
@@ -169,7 +169,7 @@ def evaluate(
         progress: Called with (what, clips in all) at the start of each part; gives what is then called with numbers of clips done.
 
     Raises:
-        UserError: As `make_missing`, or a clip that is there cannot be read, or a file cannot be written.
+        UserError: As `make_missing`, or a clip that is there cannot be read, a file cannot be written, or the GPU is too full to measure.
     """
     told = progress or (lambda what, total: lambda count: None)
     started, before = time.perf_counter(), making.made()
@@ -197,6 +197,7 @@ def evaluate(
     return report
 
 
+@told_if_full()
 def _measure(making: Making, clips: RealClips, instruments: Instruments, told: Any) -> tuple[list[Table], dict[str, str]]:
     """One process measures, with the clips in their order, so that the figures hang on nothing else."""
     captions = [clip.caption for clip in clips.clips] if clips.captioned else []

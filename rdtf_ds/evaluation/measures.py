@@ -8,7 +8,8 @@ Legend: n clips, N of them in one distance, D features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -85,6 +86,19 @@ class Figure:
         return self.measure == "FVD"
 
 
+@contextmanager
+def told_if_full() -> Iterator[None]:
+    """A GPU whose memory does not do for measuring, as a `UserError`."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "what is free of the GPU's memory does not do for measuring; nvidia-smi says what else is on it. What is made is kept: start "
+            "again once there is room."
+        ) from error
+
+
+@told_if_full()
 def load_instruments(
     fvd_weights: Path | None, vqa_weights: Path | None, clip: str | None, device: torch.device | str = "cpu"
 ) -> Instruments:
@@ -96,7 +110,7 @@ def load_instruments(
         clip: Folder or hub id of a CLIP model; None: similarity is not measured.
 
     Raises:
-        UserError: What was named is not there or cannot be read.
+        UserError: What was named is not there or cannot be read, or the GPU has not the memory for it.
     """
     for option, path in (("--fvd_weights", fvd_weights), ("--vqa_weights", vqa_weights)):
         if path is not None and not path.is_file():
@@ -132,16 +146,17 @@ class Measures:
         self._tools, self._captions, self.frames = instruments, list(captions), frames
         self._real_features = None if isinstance(instruments.fvd, str) else instruments.fvd(real())
         self._real_quality = None if isinstance(instruments.vqa, str) else instruments.vqa.score(real())
-        self._real_similarity = self._similarity(real)
+        self._real = real
+        self._real_similarity: Similarity | str | None = None  # of the first table that has it
 
     def variants(self) -> dict[str, str]:
-        """By measure, what its figures are made of."""
+        """By measure, what the figures so far are made of."""
         tools, told = self._tools, {}
         if not isinstance(tools.fvd, str):
             told["FVD"] = tools.fvd.variant(self.frames)
         if not isinstance(tools.vqa, str):
             told["VQA"] = tools.vqa.variant(self.frames)
-        if not isinstance(tools.clip, str):
+        if not isinstance(tools.clip, str) and isinstance(self._real_similarity, Similarity):
             told["CLIP"] = f"{tools.clip.source}; all {len(set(self._captions))} captions of the test set are candidates"
         return told
 
@@ -164,6 +179,8 @@ class Measures:
         return Figure("VQA", "VQA", float(np.mean(vqa.score(made()))), float(np.mean(self._real_quality)), paper)
 
     def _similarities(self, made: Clips, paper: float) -> list[Figure]:
+        if self._real_similarity is None:
+            self._real_similarity = self._similarity(self._real)
         model, real = self._similarity(made), self._real_similarity
         if isinstance(model, str) or isinstance(real, str):
             return [Figure("CLIP", "CLIP", None, paper=paper, note=str(model))]

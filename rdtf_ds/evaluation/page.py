@@ -87,7 +87,7 @@ def render(report: Report, clips: Sequence[ClipView]) -> str:
         tables=[
             {
                 "heading": heading(table.task),
-                "given": given(table.task, report.settings),
+                "given": given(table.task, report),
                 "rows": [(name_of(figure), *(shown(figure, column) for column in ("model", "real", "paper"))) for figure in table.figures],
                 "notes": notes_of(table, report),
             }

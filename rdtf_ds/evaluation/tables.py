@@ -89,7 +89,7 @@ def markdown(report: Report) -> str:
     lines = [f"# Evaluation of {report.model.translate(_MARKUP)}", ""]
     lines += [*(f"- {line.translate(_MARKUP)}" for line in (*facts(report), *lacking(report))), ""]
     for table in report.tables:
-        lines += [f"## {heading(table.task)}", "", f"{given(table.task, report.settings)}", ""]
+        lines += [f"## {heading(table.task)}", "", f"{given(table.task, report)}", ""]
         lines += ["| | this model | real clips | paper's RDTF |", "| --- | ---: | ---: | ---: |"]
         for figure in table.figures:
             lines.append(f"| {name_of(figure)} | {shown(figure, 'model')} | {shown(figure, 'real')} | {shown(figure, 'paper')} |")
@@ -104,11 +104,12 @@ def heading(task: Task) -> str:
     return f"{task.kind.title} ({task.kind.table})"
 
 
-def given(task: Task, settings: Mapping[str, Any]) -> str:
+def given(task: Task, report: Report) -> str:
     """What the model had, and whether that stands in its clips."""
     frames = ", ".join(map(str, task.visible))
     plural = "s" if len(task.visible) > 1 else ""
-    return f"Given: frame{plural} {frames} of {task.frames} ({task.mask}) and the caption; {settings['given frames']}."
+    caption = " and the caption" if report.clips.captioned else ", no caption"
+    return f"Given: frame{plural} {frames} of {task.frames} ({task.mask}){caption}; {report.settings['given frames']}."
 
 
 def name_of(figure: Figure) -> str:

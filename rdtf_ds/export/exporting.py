@@ -163,6 +163,8 @@ def empty_model(source: CheckpointWeights) -> DFGN:
 
 
 def _refuse_occupied(out: Path) -> None:
+    if not out.name:  # the folder that one is in cannot be replaced by another
+        raise UserError(f"'{out}' is no name of a folder to be made; name one, such as '{out / 'model'}'.")
     if out.exists() and not out.is_dir():
         raise UserError(f"'{out}' is a file; name a folder that does not exist yet.")
     if out.is_dir() and any(out.iterdir()):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rdtf_ds.checkpoints.weights import Weights
+from rdtf_ds.errors import UserError
 from rdtf_ds.export.exporting import empty_model, open_checkpoint
 from rdtf_ds.export.weight_files import DTYPES
 from rdtf_ds.models.dfgn import DFGN
@@ -69,16 +70,24 @@ def half_check(checkpoint: str | Path, folder: str | Path, weights: Weights, dty
 
     Raises:
         CheckpointError: as :func:`rdtf_ds.export.exporting.export`.
+        UserError: the GPU has not the memory for it.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source, section = open_checkpoint(checkpoint)
     full = empty_model(source)
     full.load_state_dict(dict(source.parameters(weights)), assign=True)
     question = seeded_question(full.config, section.data.frames, section.diffusion.steps)
-    expected = _answer(full, question, torch.float32, device)
-    del full
-    exported: Any = DFGN.from_pretrained(str(folder), subfolder="unet", torch_dtype=DTYPES[dtype], local_files_only=True)
-    return compare(_answer(exported, question, DTYPES[dtype], device), expected, dtype)
+    try:
+        expected = _answer(full, question, torch.float32, device)
+        del full
+        exported: Any = DFGN.from_pretrained(str(folder), subfolder="unet", torch_dtype=DTYPES[dtype], local_files_only=True)
+        answer = _answer(exported, question, DTYPES[dtype], device)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"'{folder}' is whole, but was not checked: what is free of the GPU's memory does not do for DFGN in fp32. Let what runs "
+            "there end, or check on the CPU, with CUDA_VISIBLE_DEVICES= before the command and another folder."
+        ) from error
+    return compare(answer, expected, dtype)
 
 
 def compare(answer: Tensor, expected: Tensor, dtype: str) -> HalfCheck:

@@ -126,14 +126,18 @@ def find_made(notes: Mapping[str, Mapping[str, Any]], folder: Path, suffix: str,
         overwrite: others under these names do not matter.
 
     Raises:
-        UserError: they do, and there are some; or the folder is none and cannot become one.
+        UserError: they do, and there are some; folders have their names; or the folder is none and cannot become one.
     """
     files = _list(folder)
     there, problems = set(), []
     for name, note in notes.items():
-        if f"{name}{suffix}" not in files:
+        path = folder / f"{name}{suffix}"
+        if path.name not in files:
             continue
-        flaw = _difference(folder / f"{name}{suffix}", note)
+        if path.is_dir():
+            problems.append(f"'{path}' is a folder, so no clip can be written there; give another name.")
+            continue
+        flaw = _difference(path, note)
         if flaw is None:
             there.add(name)
         elif not overwrite:

@@ -31,6 +31,7 @@ _COLUMNS = 16
 _FRAMES_OF_BUCKETS = np.array([8, 16, 32, 64])
 _LADDER = ((128, 96, 75), (128, 72, 60), (96, 64, 45), (64, 48, 30), (48, 32, 10), (32, 16, 1))
 """Side of the animation, side of a frame in the sheet, quality: the first that is small enough."""
+_LONGEST_MS = 60_000  # of a frame in the page: an APNG's may be shown for 18 hours, and a WebP cannot say so
 _SHOWN_AS_MS = 100  # what browsers make of a frame that says it is shown for 0 to 10 ms
 
 
@@ -122,11 +123,11 @@ def draw(features: np.ndarray, k: int, seed: int, sample_number: int) -> Draw:
 
 
 def shown_for(durations_ms: Sequence[int], kept: int) -> list[int]:
-    """Milliseconds for each kept frame: its own and those of the frames after it that thinning left out."""
+    """Milliseconds for each kept frame: its own and those of the frames after it that thinning left out; a minute at most."""
     if not durations_ms or sum(durations_ms) == 0:
         return [_SHOWN_AS_MS] * kept
     starts = evenly_spaced(len(durations_ms), kept)
-    return [max(1, int(total)) for total in np.add.reduceat(np.array(durations_ms, np.int64), starts)]
+    return [min(_LONGEST_MS, max(1, int(total))) for total in np.add.reduceat(np.array(durations_ms, np.int64), starts)]
 
 
 def _pictures(frames: np.ndarray, durations_ms: Sequence[int], columns: int) -> tuple[str, str]:

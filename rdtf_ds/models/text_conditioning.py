@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, CLIPTextModel, CLIPTokenizer, T5EncoderM
 
 from rdtf_ds.errors import UserError
 from rdtf_ds.models.devices import compute_device
-from rdtf_ds.models.missing import Part, load_part
+from rdtf_ds.models.missing import EncoderNotFound, Part, load_part
 from rdtf_ds.models.tiny_encoders import tiny_clip, tiny_t5, tiny_width
 from rdtf_ds.models.visiting import Visitor
 
@@ -227,7 +227,11 @@ def load_t5(source: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
 
 
 def _load_pair(model_class: Any, tokenizer_class: Any, source: str, model: Part, tokenizer: Part, dtype: torch.dtype) -> tuple[Any, Any]:
-    """An encoder and its tokenizer, from the places their parts name."""
+    """An encoder and its tokenizer, from the places their parts name.
+
+    Raises:
+        EncoderNotFound: One of them is not there, or the tokenizer has no words.
+    """
 
     def load_model(path: str, **place: str) -> Any:
         """The encoder with every weight from the file.
@@ -240,4 +244,10 @@ def _load_pair(model_class: Any, tokenizer_class: Any, source: str, model: Part,
             raise ValueError(f"its weights have no {min(report['missing_keys'])}: they belong to another kind of model")
         return encoder
 
-    return load_part(load_model, source, model), load_part(tokenizer_class.from_pretrained, source, tokenizer)
+    encoder, words = load_part(load_model, source, model), load_part(tokenizer_class.from_pretrained, source, tokenizer)
+    known, expected = len(words), encoder.config.vocab_size
+    if 2 * known < expected:  # some encoders have a few rows more than there are words
+        # transformers makes a tokenizer without its vocabulary all the same, to which every caption is alike
+        lost = "the vocabulary (tokenizer.json, vocab.json with merges.txt, or spiece.model) is missing there"
+        raise EncoderNotFound(tokenizer, source, f"its tokenizer has {known} tokens where the encoder has {expected}: {lost}")
+    return encoder, words

@@ -99,7 +99,8 @@ def fill_cache(cache: FeatureCache, index: ClipIndex, decode: Callable[[int], np
     made = 0
     broken: list[Problem] = []
     put_off: list[Problem] = []
-    for place in tqdm(numpy_generator("order of a process", os.getpid()).permutation(len(keys)), desc="clips", unit="clip", smoothing=0.05):
+    order = numpy_generator("order of a process", os.urandom(8).hex()).permutation(len(keys))  # numbers of processes repeat in containers
+    for place in tqdm(order, desc="clips", unit="clip", smoothing=0.05):
         key, clip_id = keys[place].decode(), int(index.trainable[first[place]])
         if cache.flaw(key) is None:
             continue

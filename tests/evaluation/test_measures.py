@@ -163,8 +163,19 @@ def test_the_papers_second_table_has_no_similarity() -> None:
     assert rows["FVD, N = 16"].paper == 192.62
 
 
+def test_similarity_is_measured_for_the_tables_that_have_it_alone() -> None:
+    def refuse(*arguments: object) -> Similarity:
+        raise AssertionError("the paper's Table 2 has no similarity")
+
+    tools = all_tools()
+    tools.clip.score = refuse  # type: ignore[union-attr, method-assign]
+    found, rows = table_of(tools, INTERPOLATION)
+    assert "CLIP" not in found.variants() and {row.measure for row in rows.values()} == {"FVD", "VQA"}
+
+
 def test_without_captions_similarity_is_told_to_be_missing() -> None:
-    _, rows = table_of(all_tools(), captions=())
+    found, rows = table_of(all_tools(), captions=())
+    assert "CLIP" not in found.variants(), "all 0 captions are no candidates"
     assert rows["CLIP"].model is None and "no clip of the test set has one" in rows["CLIP"].note and rows["CLIP"].paper == 0.376
 
 
@@ -224,3 +235,12 @@ def test_another_networks_file_is_refused_before_any_clip_is_made(tmp_path: Path
     torch.jit.script(torch.nn.Flatten()).save(str(tmp_path / "other.pt"))
     with pytest.raises(UserError, match=r"other.pt' does not work as I3D, called as"):
         load_instruments(tmp_path / "other.pt", None, None)
+
+
+def test_a_gpu_that_is_too_full_for_an_instrument_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(weights: Path | None, device: str) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(measures, "VideoFeatures", full)
+    with pytest.raises(UserError, match="GPU's memory does not do for measuring.*What is made is kept: start again"):
+        load_instruments(None, None, None, "cuda")

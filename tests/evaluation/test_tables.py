@@ -21,8 +21,8 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def real_clips(count: int = 2, **changes: Any) -> RealClips:
-    clips = tuple(RealClip(str(number), number, f"{number}.png", "a star", "c", tuple(range(8)), number) for number in range(count))
+def real_clips(count: int = 2, caption: str = "a star", **changes: Any) -> RealClips:
+    clips = tuple(RealClip(str(number), number, f"{number}.png", caption, "c", tuple(range(8)), number) for number in range(count))
     counts = {"of": 9, "too_short": 0, "without_caption": 0}
     return RealClips(**{"clips": clips, "held_out": False, **counts, "fingerprint": "f" * 16, **changes})
 
@@ -67,11 +67,17 @@ def test_what_one_table_lacks_is_told_below_it() -> None:
 
 
 def test_every_table_says_what_was_given() -> None:
-    settings = {"given frames": "as told"}
+    told = report(settings=SETTINGS | {"given frames": "as told"})
     i2v, other = make_tasks(["i2v", "prediction"], 8)
-    assert given(i2v, settings) == "Given: frame 0 of 8 (10000000) and the caption; as told."
-    assert given(other, settings) == "Given: frames 0, 1, 2, 3, 4 of 8 (11111000) and the caption; as told."
+    assert given(i2v, told) == "Given: frame 0 of 8 (10000000) and the caption; as told."
+    assert given(other, told) == "Given: frames 0, 1, 2, 3, 4 of 8 (11111000) and the caption; as told."
     assert markdown(report()).count("; given frames stand as given.") == 2
+
+
+def test_clips_without_captions_are_not_said_to_have_given_one() -> None:
+    silent = report(clips=real_clips(caption=""))
+    assert given(silent.tables[0].task, silent) == "Given: frame 0 of 8 (10000000), no caption; given frames stand as given."
+    assert "and the caption;" not in markdown(silent)
 
 
 def test_facts_say_which_clips_and_settings() -> None:

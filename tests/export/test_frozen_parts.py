@@ -73,3 +73,13 @@ def test_frozen_parts_that_do_not_fit_the_model_are_refused(run, tmp_path, encod
     with pytest.raises(UserError, match=words):
         export(run, tmp_path / "out", encoders=encoders)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("name", "folder", "known"), [("clip", "tokenizer", "2"), ("t5", "tokenizer_2", "4")])
+def test_a_tokenizer_that_lost_its_words_is_refused(run, tmp_path, name, folder, known):
+    write_tiny_encoders(tmp_path / "encoders", WIDTH)
+    export(run, tmp_path / "whole", encoders={name: str(tmp_path / "encoders")})
+    (tmp_path / "encoders" / folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=rf"rdtf\.encoders\.{name} is '.*encoders', but its tokenizer has {known} tokens where"):
+        export(run, tmp_path / "out", encoders={name: str(tmp_path / "encoders")})
+    assert not (tmp_path / "out").exists()

@@ -6,6 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import rdtf_ds.export.half_check as checking
+from rdtf_ds.errors import UserError
 from rdtf_ds.export.exporting import export
 from rdtf_ds.export.half_check import BARS, compare, half_check, seeded_question
 from rdtf_ds.export.weight_files import DTYPES, WEIGHTS_FILE
@@ -43,6 +45,16 @@ def test_an_activation_beyond_fp16_is_found_though_every_weight_fits(run, tmp_pa
     save_file(weights, path)
     check = half_check(run, tmp_path / "out", "master", "float16")
     assert not check.holds and check.nonfinite > 0 and check.relative_error is None and "overflows" in str(check)
+
+
+def test_a_gpu_that_is_busy_is_no_failed_check(run, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    export(run, tmp_path / "out", "master")
+    monkeypatch.setattr(checking, "_answer", full)
+    with pytest.raises(UserError, match=f"'{tmp_path / 'out'}' is whole, but was not checked: .*CUDA_VISIBLE_DEVICES="):
+        half_check(run, tmp_path / "out", "master", "float16")
 
 
 def test_the_question_is_the_same_every_time_and_spans_the_timesteps():

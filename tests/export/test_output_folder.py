@@ -77,6 +77,13 @@ def test_what_killed_exports_left_is_removed(run, tmp_path, capsys):
     assert said.count("Removed ") == 2 and f"Removed '{tmp_path / names[0]}', which an export that was killed had left." in said
 
 
+def test_the_folder_one_is_in_is_no_name(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="'.' is no name of a folder to be made; name one, such as 'model'"):
+        export(run, ".")
+    assert not any(tmp_path.iterdir())
+
+
 def test_out_must_be_free(run, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="is a file"):

@@ -168,6 +168,15 @@ def test_a_file_in_the_folders_place_is_told(tmp_path: Path) -> None:
         make(JOBS, tmp_path / "x" / "y")
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_in_a_clips_place_is_told_before_any_is_made(tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "clip1.png").mkdir()
+    pipeline = QuickPipeline()
+    with pytest.raises(UserError, match="clip1.png' is a folder, so no clip can be written there; give another name"):
+        make(JOBS, tmp_path, pipeline, overwrite=overwrite)
+    assert not pipeline.calls
+
+
 def test_leftovers_of_killed_runs_go_and_those_of_the_living_stay(tmp_path: Path) -> None:
     living = f".clip1.png.{1}.tmp"  # process 1 is always there
     for name in (".clip0.png.4194999.tmp", ".other.png.4194999.tmp", living):

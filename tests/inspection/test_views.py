@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
+import struct
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from rdtf_ds.data.clips.clip import DecodeLimits
+from rdtf_ds.data.clips.containers import LONGEST_MS, png_chunk, png_chunks
 from rdtf_ds.data.clips.decoder_process import DecoderUnavailable
 from rdtf_ds.data.clips.writing import write_clip
 from rdtf_ds.inspection import views
@@ -106,10 +108,27 @@ def test_noise_is_made_small(tmp_path):
         assert playing.n_frames == 60 and playing.width < 128
 
 
+def test_a_frame_that_is_shown_for_hours_does_not_keep_the_page_from_being_made(tmp_path):
+    """An APNG that holds a picture for 65535 seconds, more than a WebP can say."""
+    frames = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
+    write_clip(frames, tmp_path / "0.png", [100, 100, LONGEST_MS, 100])
+    data = (tmp_path / "0.png").read_bytes()
+    body = [body for kind, body in png_chunks(data) if kind == b"fcTL"][2]
+    held = body[:20] + struct.pack(">HH", 65535, 1) + body[24:]
+    (tmp_path / "0.png").write_bytes(data.replace(png_chunk(b"fcTL", body), png_chunk(b"fcTL", held)))
+    view = view_clip(dataset(tmp_path, SEED).index, 0, SEED, DecodeLimits(), WHITE)
+    assert view.problem == "" and "6.55e+04\u00a0s" in view.facts
+    with picture(view.animation) as playing:
+        assert playing.n_frames == 4
+
+
 @pytest.mark.parametrize(
     ("durations", "kept", "expected"),
-    [((10, 20, 30), 3, [10, 20, 30]), ((1, 2, 3, 4, 5), 3, [3, 7, 5]), ((0, 0), 2, [100, 100]), ((), 3, [100] * 3), ((5, 0), 2, [5, 1])],
-)
+    [
+        ((10, 20, 30), 3, [10, 20, 30]), ((1, 2, 3, 4, 5), 3, [3, 7, 5]), ((0, 0), 2, [100, 100]), ((), 3, [100] * 3),
+        ((5, 0), 2, [5, 1]), ((10, 65_535_000, 60_000), 3, [10, 60_000, 60_000]),
+    ],
+)  # fmt: skip
 def test_thinning_keeps_the_time(durations, kept, expected):
     assert shown_for(durations, kept) == expected
 

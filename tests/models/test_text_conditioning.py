@@ -129,6 +129,16 @@ def test_missing_encoder_and_missing_tokenizer_name_key_and_remedy(tmp_path):
         TextEncoders.from_pretrained("tiny", str(tmp_path / "no tokenizer"))
 
 
+@pytest.mark.parametrize(("name", "folder"), [("clip", "tokenizer"), ("t5", "tokenizer_2")])
+def test_a_tokenizer_without_its_words_is_refused(tmp_path, name: str, folder: str):
+    """A run would learn from captions that are all alike."""
+    write_tiny_encoders(tmp_path, 32)
+    (tmp_path / folder / "tokenizer.json").unlink()
+    assert (tmp_path / folder / "tokenizer_config.json").is_file()
+    with pytest.raises(EncoderNotFound, match=rf"rdtf\.encoders\.{name} is .*its tokenizer has [0-9] tokens where the encoder has [0-9]+"):
+        TextEncoders.from_pretrained(str(tmp_path), str(tmp_path))
+
+
 def test_overflow_is_an_error_not_a_feature():
     encoders = TextEncoders.from_pretrained("tiny", "tiny", 8)
     with torch.no_grad():

@@ -35,6 +35,10 @@ def test_output_types(encoders):
     [
         ({"num_frames": 1}, "num_frames is 1; this model makes 2 to 8"),
         ({"num_frames": 9}, "2 to 8"),
+        ({"num_frames": "4"}, "num_frames is '4'; give a whole number"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps is 2.5; give a whole number"),
+        ({"prompt": ["a", 5]}, "the prompt is int; give a text"),
+        ({"prompt": b"a star"}, "the prompt is bytes; give a text"),
         ({"num_inference_steps": 0}, "1 to 1000"),
         ({"num_inference_steps": 1001}, "1 to 1000"),
         ({"frames": {5: RED}, "num_frames": 5}, "numbered 0 to 4"),
@@ -88,6 +92,19 @@ def test_a_model_that_makes_nan_is_not_shown_as_black_pictures(encoders):
         half.unet.conv_out.bias.fill_(float("inf"))
     with pytest.raises(UserError, match="NaN or infinite values in torch.bfloat16. Take torch_dtype=torch.float32"):
         half("a star", num_frames=3, num_inference_steps=1, seeds=0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "remedy"), [(torch.bfloat16, r"Take torch_dtype=torch\.float32"), (torch.float32, "Take smaller .*its weights are damaged")]
+)
+def test_an_autoencoder_that_overflows_is_not_shown_as_black_pictures(encoders, monkeypatch, dtype, remedy):
+    pipeline = make_pipeline(encoders, small_dfgn()).to(dtype)
+    decode = pipeline.vae.decode
+    monkeypatch.setattr(pipeline.vae, "decode", lambda latents: decode(latents).index_fill(2, torch.tensor([3]), float("nan")))
+    call = lambda **options: pipeline("a star", num_frames=3, num_inference_steps=1, seeds=0, **options)  # noqa: E731
+    with pytest.raises(UserError, match=rf"the autoencoder made NaN or infinite values in {dtype}\. {remedy}"):
+        call()
+    assert torch.isfinite(call(output_type="latent").frames).all()
 
 
 def test_bfloat16_makes_about_the_same_clip(encoders):

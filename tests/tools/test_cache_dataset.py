@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -9,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from rdtf_ds.data import cache_header
 from rdtf_ds.data.clips.clip import ClipError
 from rdtf_ds.data.feature_cache import FeatureCache
 from rdtf_ds.data.synthetic import write_stickers
@@ -104,6 +108,55 @@ def test_a_folder_that_cannot_be_made_is_one_line(command, arguments, tmp_path, 
     assert "image_size" in capsys.readouterr().err
 
 
+def test_a_disk_that_is_full_or_knows_no_locks_is_one_line(command, arguments, tmp_path, capsys, monkeypatch):
+    def no_locks(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", no_locks)
+        assert command(arguments) == 2
+    assert f"'{tmp_path / 'cache'}' cannot be locked (No locks available). Give --out" in capsys.readouterr().err
+
+    def full(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cache_header, "write_atomically", full)
+    assert command(arguments) == 2
+    assert "cache.json' cannot be written (No space left on device). Free some space" in capsys.readouterr().err
+
+
+def test_who_waits_for_another_process_is_told(command, arguments, tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def taken(file, how):
+        asked.append(how)
+        if how & fcntl.LOCK_NB:
+            raise BlockingIOError
+
+    monkeypatch.setattr(fcntl, "flock", taken)
+    with pytest.raises(SystemExit), monkeypatch.context() as patch:
+        patch.setattr(FeatureCache, "create", lambda *_: sys.exit("it has the lock"))
+        command(arguments)
+    assert asked == [fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_EX]
+    assert f"Another process looks through the clips for '{tmp_path / 'cache'}': waiting" in capsys.readouterr().err
+
+
+def test_a_gpu_without_room_is_one_line_and_the_same_command_goes_on(command, arguments, tmp_path, capsys, monkeypatch):
+    make, left = cache_making.FeatureMaker.__call__, iter(range(2))
+
+    def crowded(self, frames, caption):
+        if next(left, None) is None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return make(self, frames, caption)
+
+    monkeypatch.setattr(cache_making.FeatureMaker, "__call__", crowded)
+    assert command(arguments) == 2
+    assert f"What is in '{tmp_path / 'cache'}' is whole, the same command goes on" in capsys.readouterr().err
+    monkeypatch.setattr(cache_making.FeatureMaker, "__call__", make)
+    assert command(arguments) == 0
+    assert "4 clips made, 2 there before" in capsys.readouterr().out
+
+
 def test_stickers_made_on_the_spot_are_those_of_the_run(command, arguments, project_root, tmp_path, capsys):
     synthetic = [*arguments[:2], *arguments[4:], "--set", "rdtf.data.synthetic_clips=4", "--seed", "3"]
     assert command(synthetic) == 0 and "4 clips made" in capsys.readouterr().out
@@ -125,6 +178,7 @@ def test_two_at_once_share_the_work(project_root, arguments, tmp_path):
 
 
 def test_each_process_goes_its_own_way(monkeypatch, command, arguments, tmp_path):
+    """Two of the same number too, in two containers."""
     orders, write = [], FeatureCache.write
 
     def noted(self, key, features):
@@ -132,8 +186,9 @@ def test_each_process_goes_its_own_way(monkeypatch, command, arguments, tmp_path
         write(self, key, features)
 
     monkeypatch.setattr(FeatureCache, "write", noted)
+    monkeypatch.setattr(cache_making.os, "getpid", lambda: 1)
     for number in (1, 2):
-        monkeypatch.setattr(cache_making.os, "getpid", lambda number=number: number)
+        monkeypatch.setattr(cache_making.os, "urandom", lambda size, number=number: bytes([number] * size))
         orders.append([])
         assert command([*arguments, "--out", str(tmp_path / str(number))]) == 0
     assert sorted(orders[0]) == sorted(orders[1]) and orders[0] != orders[1]

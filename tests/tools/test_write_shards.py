@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import tarfile
+from contextlib import nullcontext
 
 import pytest
 
 from rdtf_ds.data.clips.places import read_place
+from rdtf_ds.data.sources.shards import MAX_CLIP_BYTES
 from rdtf_ds.data.sources.sources import list_clips
+from tests.data.tars import member, write
 from tests.small_models import load_tool
 
 
@@ -74,6 +78,7 @@ def test_the_same_bytes_from_the_folder_a_manifest_and_shards(write_shards, fold
 
 def test_bad_input_is_one_paragraph_and_exit_code_2(write_shards, folder, tmp_path):
     (tmp_path / "linked").symlink_to(folder)
+    (tmp_path / "circle").symlink_to("circle")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.gif").symlink_to(folder / "b.gif")
     (folder / "big.gif").write_bytes(bytes(2**20 + 1))
@@ -83,6 +88,7 @@ def test_bad_input_is_one_paragraph_and_exit_code_2(write_shards, folder, tmp_pa
         ((tmp_path / "linked", folder / "sub" / "out"), "lies inside of"),
         ((folder, folder), "lies inside of"),
         ((folder, tmp_path), "is there already. Name a new folder"),
+        ((folder, tmp_path / "circle"), "circle' is there already. Name a new folder"),
         ((tmp_path / "bad", tmp_path / "out"), "has no clip that may be opened; the first: a.gif: is a symbolic link"),
         ((folder, tmp_path / "out", "--shard_mb", 1), "has 1048577 bytes, which is more than --shard_mb 1. Give --shard_mb 2"),
         ((folder, folder / "b.gif" / "out"), "lies inside of"),
@@ -97,10 +103,42 @@ def test_bad_input_is_one_paragraph_and_exit_code_2(write_shards, folder, tmp_pa
         write_shards(folder, tmp_path / "out", "--shard_mb", 0)
 
 
+def test_a_clip_that_no_header_can_tell_of_is_refused_before_it_is_read(write_shards, tmp_path):
+    (tmp_path / "data").mkdir()
+    with open(tmp_path / "data" / "long.mp4", "wb") as file:
+        file.truncate(8 * 2**30)  # of holes alone
+    code, told, err = write_shards(tmp_path / "data", tmp_path / "out", "--shard_mb", 10_000)
+    assert (code, told) == (2, "") and "has 8589934592 bytes, and a shard holds clips of at most 8589934591" in err
+    assert os.listdir(tmp_path) == ["data"]
+    for size, fits in ((MAX_CLIP_BYTES, True), (MAX_CLIP_BYTES + 1, False)):
+        header = tarfile.TarInfo("a")
+        header.size = size
+        with nullcontext() if fits else pytest.raises(ValueError, match="overflow"):
+            header.tobuf(tarfile.USTAR_FORMAT)
+
+
 def test_a_manifest_may_have_its_shards_beside_it(write_shards, folder):
     (folder / "m.csv").write_text("file_name\nb.gif\n")
     assert write_shards(folder / "m.csv", folder / "out")[0] == 0
     assert list(content(folder / "out")) == ["b.gif"]
+
+
+def test_shards_that_call_their_clips_whatever_they_like(write_shards, tmp_path):
+    """As others write them: a file_name without the suffix, or with that of what the clip was made from."""
+    webp, parts = b"RIFF\0\0\0\0WEBP" + bytes(50), []
+    for number, (name, data) in enumerate((("sticker 0", webp), ("sub/1.mov", webp), ("sticker 2", b"nothing known"), ("3.GIF", b"x"))):
+        document = json.dumps({"file_name": name, "caption": f"c{number}"}).encode()
+        parts += [member(f"{number}.json", document), member(f"{number}.webp", data)]
+    (tmp_path / "theirs").mkdir()
+    write(tmp_path / "theirs" / "0.tar", *parts)
+    code, told, err = write_shards(tmp_path / "theirs", tmp_path / "ours")
+    assert code == 0 and "3 clips in 1 shard" in told and "1 left out\n  sticker 2: is no clip, neither by its name (.gif, " in told, err
+    theirs = content(tmp_path / "theirs")
+    del theirs["sticker 2"]
+    assert content(tmp_path / "ours") == theirs
+    assert theirs == {"3.GIF": ("c3", None, b"x"), "sticker 0": ("c0", None, webp), "sub/1.mov": ("c1", None, webp)}
+    with tarfile.open(tmp_path / "ours" / "000000.tar") as tar:
+        assert [name for name in tar.getnames() if not name.endswith("json")] == ["000000000.gif", "000000001.webp", "000000002.webp"]
 
 
 def test_a_clip_that_goes_away_meanwhile_is_told(write_shards, folder, tmp_path, monkeypatch):

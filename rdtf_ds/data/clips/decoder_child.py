@@ -140,7 +140,8 @@ class _Channel:
         signal.alarm(math.ceil(self._seconds) + _GRACE_S)
         used = resource.getrusage(resource.RUSAGE_SELF)
         _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(used.ru_utime + used.ru_stime + self._seconds + 1), hard))
+        most = math.ceil(used.ru_utime + used.ru_stime + self._seconds + 1)
+        resource.setrlimit(resource.RLIMIT_CPU, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
     def send_all(self, answers: Iterator[Answer]) -> None:
         """Send every answer as it is made, at least one; only the last says that it is the last.

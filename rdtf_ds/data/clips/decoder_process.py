@@ -23,6 +23,7 @@ from rdtf_ds.errors import UserError
 COMMAND = (sys.executable, "-m", "rdtf_ds.data.clips.decoder_child")
 ANSWER_BYTES = 64 * 2**20  # of shared memory; sparse, so that a child has only what its largest answer took
 _LONGEST_LINE = 2**20
+_LONGEST_S = 1e6  # 12 days, for a deadline that is meant to be none: poll(2) and alarm(2) count in 32 bits
 _START_S = 60.0  # from nothing to the first line, on a machine that does much else
 LEFT_TO_THE_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """What a child ignores, though a terminal or scheduler sends it to all: the run ends children itself, after its checkpoint."""
@@ -140,6 +141,7 @@ class DecoderProcess:
         Raises:
             ChildFailed: It died, missed a deadline, or does not speak the protocol. It is killed.
         """
+        seconds = min(seconds, _LONGEST_S)
         self.served, self.busy = self.served + 1, True
         self._may_read = most_read
         try:

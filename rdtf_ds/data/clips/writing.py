@@ -11,6 +11,7 @@ from fractions import Fraction
 from io import BytesIO
 from pathlib import Path
 from typing import Any, cast
+from uuid import uuid4
 
 import av
 import numpy as np
@@ -62,6 +63,10 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write ``data`` beside ``path``, then rename, so that a reader or a killed run never leaves half a file under the name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.touch(exist_ok=False)
+    except FileExistsError:  # by a process of the same number: one that was killed, or one at work in another container, on another node
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid4().hex}.tmp")
     try:
         temporary.write_bytes(data)
         temporary.replace(path)

@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,8 @@ NO_CAPTION = " ".join([HIDDEN] * 4)
 CLIP_SUFFIXES = (".gif", ".webp", ".png", ".apng", ".webm", ".mp4")
 METADATA = ("metadata.jsonl", "metadata.csv")
 MAX_TEXT_BYTES = 1 << 20
-_QUOTE = "Quote texts that hold commas, quotes or line breaks."
+_QUOTE = "Quote texts that hold commas, quotes or line breaks, and write a quote inside of one twice."
+_FIELDS = ("file_name", "text", "group")
 ROWS = pa.schema([("file_name", pa.string()), ("text", pa.string()), ("group", pa.string()), ("line", pa.int64())])
 
 _CJK = (
@@ -80,6 +82,7 @@ def read_rows(file: Path, *, demand_text: bool) -> pa.Table:
     read = _json_lines if file.suffix.lower() == ".jsonl" else _csv_rows
     for number, row in read(file):
         where = f"{file}:{number}"
+        _demand_names(row, where)
         name = row.get("file_name")
         try:
             text, group = text_of(row, "text"), group_of(row)
@@ -93,6 +96,22 @@ def read_rows(file: Path, *, demand_text: bool) -> pa.Table:
             raise UserError(f"{where}: file_name '{_shown(name)}' leaves its folder. Name clips relative to '{file.name}', without '..'.")
         rows.add(inside, text, group, number)
     return rows.table()
+
+
+def _demand_names(row: Mapping[str, object], where: str) -> None:
+    """A caption or group under a name that is nearly the right one would be lost without a word."""
+    for key, value in row.items():
+        meant = _meant(key)
+        if meant is not None and value not in (None, "") and row.get(meant) is None:
+            raise UserError(f"{where} has '{_shown(key)}' and no '{meant}', which is what is read. Call it '{meant}'.")
+
+
+@lru_cache
+def _meant(key: str) -> str | None:
+    """The field that a key of another spelling stands for; None if it is that field, or one of its own."""
+    plain = key.strip().lower()
+    meant = "text" if plain in ("caption", "captions") else plain
+    return meant if meant in _FIELDS and key != meant else None
 
 
 def read_caption_file(path: Path) -> str:
@@ -172,7 +191,8 @@ def _json_lines(file: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
 
 
 def _csv_rows(file: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
-    reader = csv.DictReader(_lines(file, ""))
+    # strict: a quote that never ends would make one caption of all lines behind it
+    reader = csv.DictReader(_lines(file, ""), strict=True)
     try:
         for row in reader:
             # DictReader has None for a cell the row is too short for, and a list under None for those it is too long for
@@ -181,7 +201,7 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
                 raise UserError(f"{file}:{reader.line_num} has {cells}. {_QUOTE}")
             yield reader.line_num, {key: value for key, value in row.items() if key is not None}
     except csv.Error as error:
-        number = reader.reader.line_num  # DictReader's own lags behind
+        number = reader.line_num + 1  # where the row begins: a quote that is left open may end many lines further
         raise UserError(f"{file}:{number} is not CSV: {error}. {_QUOTE}") from error
 
 

@@ -24,6 +24,8 @@ from rdtf_ds.data.sources.listing import LISTING, WHOLE_FILE, RowBuffer
 from rdtf_ds.data.sources.tar import BLOCK, PACKED_SUFFIXES, PackedTarError, TarError, TarMember, TarWalk
 from rdtf_ds.errors import UserError
 
+MAX_CLIP_BYTES = 8 * 2**30 - 1
+"""The most that a ustar header can say of a member: eleven octal digits."""
 _TARS = (".tar", *PACKED_SUFFIXES)
 _MEMBERS = pa.schema(
     [*((name, pa.string()) for name in ("name", "stem", "key")), ("offset", pa.int64()), ("size", pa.int64()), ("fault", pa.string())]
@@ -164,13 +166,15 @@ class ShardWriter:
         out: Folder to be made; it may be there if it is empty.
         max_bytes: A shard is closed before the clip that would take it beyond; a clip larger than that has a shard of its own.
     Raises:
-        UserError: There is something in ``out``, or another process is writing it.
+        UserError: There is something in ``out``, it is a mount point or ``.``, or another process is writing it.
     """
 
     def __init__(self, out: str | Path, max_bytes: int) -> None:
-        self._out, self._max_bytes = Path(out), max_bytes
-        if self._out.exists() and (not self._out.is_dir() or any(self._out.iterdir())):
+        self._out, self._max_bytes = Path(os.path.realpath(out)), max_bytes  # a link stays, and leads to the shards
+        if os.path.lexists(self._out) and (not self._out.is_dir() or any(self._out.iterdir())):
             raise UserError(f"'{out}' is there already. Name a new folder for the shards, or take that one away.")
+        if os.path.ismount(self._out) or not Path(out).name:  # the one cannot be replaced, the other is where somebody stands
+            raise UserError(f"'{out}' cannot be replaced by the folder that is written. Name a new folder, say '{Path(out) / 'shards'}'.")
         self._partial = self._out.with_name(f".{self._out.name}.partial")
         self._partial.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self._partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -186,15 +190,16 @@ class ShardWriter:
         self._file: IO[bytes] | None = None
         self._closed = False
 
-    def add(self, path: str, data: bytes, caption: str, group: str | None = None) -> None:
+    def add(self, path: str, data: bytes, caption: str, group: str | None = None, suffix: str | None = None) -> None:
         """Append a clip.
 
         Args:
-            path: What it is to be called; unique, relative, ends in a suffix of clips.
+            path: What it is to be called; unique, relative, ends in a suffix of clips if no ``suffix`` is given.
+            suffix: Of the member; None: that of ``path``.
         Raises:
-            ValueError: ``path`` may not be used.
+            ValueError: ``path`` or ``suffix`` may not be used.
         """
-        suffix = PurePosixPath(path).suffix.lower()
+        suffix = PurePosixPath(path).suffix.lower() if suffix is None else suffix
         if relative_name(path) != path or suffix not in CLIP_SUFFIXES:
             raise ValueError(f"'{path}' cannot name a clip: a relative path that ends in one of {', '.join(CLIP_SUFFIXES)} does")
         row: dict[str, Any] = {"file_name": path}

@@ -106,6 +106,18 @@ def test_each_request_has_its_own_share_of_processor_time(pool: DecoderPool, cli
         assert resource.prlimit(pid, resource.RLIMIT_CORE) == (0, 0)
 
 
+def test_a_machine_that_grants_less_processor_time_than_the_deadline_blames_no_clip(clip: Path) -> None:
+    limited = ("sh", "-c", 'ulimit -t 15; exec "$@"', "sh", *decoder_process.COMMAND)
+    with DecoderPool(command=limited) as children:
+        assert len(children.decode(clip, 16, WHITE, DecodeLimits(timeout_s=20))) == 12
+        assert resource.prlimit(only_child(children).pid, resource.RLIMIT_CPU) == (15, 15)
+
+
+@pytest.mark.parametrize("timeout_s", [1e7, 1e30])
+def test_a_deadline_beyond_all_clocks_is_as_good_as_none(pool: DecoderPool, clip: Path, timeout_s: float) -> None:
+    assert len(pool.decode(clip, 16, WHITE, DecodeLimits(timeout_s=timeout_s))) == 12
+
+
 def test_a_child_killed_between_requests_is_no_clips_fault(pool: DecoderPool, clip: Path) -> None:
     pool.decode(clip, 16, WHITE, LIMITS)
     child = only_child(pool)

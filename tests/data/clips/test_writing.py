@@ -11,7 +11,7 @@ from PIL import Image
 
 from rdtf_ds.data.clips.clip import DecodeLimits
 from rdtf_ds.data.clips.decoding import decode_clip, probe_clip
-from rdtf_ds.data.clips.writing import PAPER, contact_sheet, write_clip
+from rdtf_ds.data.clips.writing import PAPER, contact_sheet, write_atomically, write_clip
 from rdtf_ds.errors import UserError
 from tests.data.players import ffmpeg_frames, libwebp_frames, need
 
@@ -146,6 +146,24 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
         write_clip(moving_square(3), path)
     monkeypatch.undo()
     assert path.read_bytes() == b"old" and [entry.name for entry in tmp_path.iterdir()] == ["a.gif"]
+
+
+def test_two_processes_of_one_number_do_not_write_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In two containers that share a folder they have the same number, and here this process has it twice."""
+    path = tmp_path / "a.bin"
+
+    def interrupted(self: Path, data: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(data[:2])
+            file.flush()
+            if data == b"first":
+                write_atomically(path, b"other")
+                assert path.read_bytes() == b"other"
+            return 2 + file.write(data[2:])
+
+    monkeypatch.setattr(Path, "write_bytes", interrupted)
+    write_atomically(path, b"first")
+    assert path.read_bytes() == b"first" and [entry.name for entry in tmp_path.iterdir()] == ["a.bin"]
 
 
 def test_contact_sheet_has_a_row_for_each_clip_and_a_label(tmp_path: Path) -> None:

@@ -126,6 +126,37 @@ def test_a_bare_comma_in_a_csv_does_not_cut_a_caption(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("cell", "fault"),
+    [
+        ('"a red dot', "unexpected end of data"),  # to the end of the file
+        ('"a red dot\nb.gif,"x"', "',' expected after '\"'"),  # to the next quote
+        ('"a red" dot', "',' expected after '\"'"),
+    ],
+)
+def test_a_quote_that_is_not_closed_does_not_swallow_the_rows_behind_it(tmp_path: Path, cell: str, fault: str) -> None:
+    (tmp_path / "m.csv").write_text(f"file_name,text\n0.gif,x\na.gif,{cell}\nc.gif,a blue dot\n")
+    with pytest.raises(UserError, match=f"m.csv:3 is not CSV: {fault}.*write a quote inside of one twice"):
+        rows(tmp_path / "m.csv", demand_text=False)
+    (tmp_path / "m.csv").write_text('file_name,text\na.gif,a "red" dot\nb.gif,"a ""red"" dot"\n')
+    assert [row[1] for row in rows(tmp_path / "m.csv")] == ['a "red" dot'] * 2
+
+
+@pytest.mark.parametrize("name", ["caption", "Text", " text", "captions"])
+def test_a_caption_under_another_name_is_not_left_out_in_silence(tmp_path: Path, name: str) -> None:
+    (tmp_path / "m.csv").write_text(f"file_name,{name}\na.gif,\nb.gif,x\n")
+    lines = ({"file_name": "a.gif", name: None}, {"file_name": "b.gif", name: ["x"]})
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for file, line in (("m.csv", 3), ("m.jsonl", 2)):
+        with pytest.raises(UserError, match=f"{file}:{line} has '{name}' and no 'text', which is what is read. Call it 'text'."):
+            rows(tmp_path / file, demand_text=False)
+    (tmp_path / "m.jsonl").write_text(json.dumps({"file_name": "a.gif", "text": "x", name: "y", "Group": ""}))
+    assert rows(tmp_path / "m.jsonl") == [("a.gif", "x", None, 1)], "what is read is there"
+    (tmp_path / "m.jsonl").write_text(json.dumps({"file_name": "a.gif", "text": "x", "GROUP": "y"}))
+    with pytest.raises(UserError, match="m.jsonl:1 has 'GROUP' and no 'group'"):
+        rows(tmp_path / "m.jsonl")
+
+
+@pytest.mark.parametrize(
     ("line", "words"),
     [
         ('{"file_name": "a.gif"', "m.jsonl:2 is not JSON"),

@@ -290,6 +290,30 @@ def test_a_place_that_is_taken(tmp_path):
         ShardWriter(tmp_path / "out", 3000)
 
 
+def test_a_link_to_an_empty_folder_stays_and_leads_to_the_shards(tmp_path):
+    (tmp_path / "large_disk").mkdir()
+    (tmp_path / "empty").symlink_to("large_disk")
+    (tmp_path / "dangling").symlink_to("large_disk/new")
+    for name, target in (("empty", "large_disk"), ("dangling", "large_disk/new")):
+        with ShardWriter(tmp_path / name, 3000) as writer:
+            writer.add("0.gif", b"x", "")
+            assert (tmp_path / target).with_name(f".{Path(target).name}.partial").is_dir(), "not on the link's own disk"
+        assert (tmp_path / name).is_symlink() and os.listdir(tmp_path / target) == ["000000.tar"]
+        (tmp_path / target / "000000.tar").unlink()
+
+
+def test_a_folder_that_cannot_be_replaced_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    (tmp_path / "volume").mkdir()
+    monkeypatch.chdir(tmp_path / "volume")
+    with pytest.raises(UserError, match=r"'.' cannot be replaced .* Name a new folder, say 'shards'"):
+        ShardWriter(".", 3000)
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "volume")
+    with pytest.raises(UserError, match=r"volume' cannot be replaced .* Name a new folder, say '.*volume/shards'"):
+        ShardWriter(tmp_path / "volume", 3000)
+    assert os.listdir(tmp_path) == ["volume"]
+    ShardWriter(tmp_path / "volume" / "shards", 3000).close()
+
+
 @pytest.mark.parametrize("path", ["../a.gif", "/a.gif", "a//b.gif", "./a.gif", "a.tar", "a", ".gif", "\ud800.gif"])
 def test_names_that_could_not_be_read_back_are_not_written(tmp_path, path):
     with ShardWriter(tmp_path / "out", 3000) as writer, pytest.raises(ValueError, match="cannot name a clip"):
