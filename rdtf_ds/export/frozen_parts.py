@@ -27,7 +27,7 @@ def write_frozen_parts(folder: Path, unet: DFGN, encoders: EncodersSection, max_
 
     Raises:
         EncoderNotFound: a part is not where ``encoders`` says.
-        UserError: a part that is not there or does not fit the model, or that cannot be written, as on a full disk.
+        UserError: a part that does not fit the model, or that cannot be written, as on a full disk.
     """
     autoencoder = load_autoencoder(encoders.autoencoder)
     _refuse_misfit("encoders.autoencoder", encoders.autoencoder, "latent channels", autoencoder.channels, unet.config.out_channels)

@@ -148,7 +148,7 @@ def find_made(notes: Mapping[str, Mapping[str, Any]], folder: Path, suffix: str,
 
 def clear_leftovers(names: Collection[str], folder: Path, suffix: str) -> None:
     """Take away what a killed run left half-written of these clips."""
-    pattern = re.compile(rf"\.(.+{re.escape(suffix)})\.(\d+)\.tmp")
+    pattern = re.compile(rf"\.(.+{re.escape(suffix)})\.(\d+)(?:\.[0-9a-f]+)?\.tmp")  # as `write_atomically` names them
     for file in _list(folder):
         match = pattern.fullmatch(file)
         if match and match[1][: -len(suffix)] in names and not Path(f"/proc/{match[2]}").exists():

@@ -179,7 +179,7 @@ def test_a_folder_in_a_clips_place_is_told_before_any_is_made(tmp_path: Path, ov
 
 def test_leftovers_of_killed_runs_go_and_those_of_the_living_stay(tmp_path: Path) -> None:
     living = f".clip1.png.{1}.tmp"  # process 1 is always there
-    for name in (".clip0.png.4194999.tmp", ".other.png.4194999.tmp", living):
+    for name in (".clip0.png.4194999.tmp", f".clip1.png.4194999.{32 * 'a'}.tmp", ".other.png.4194999.tmp", living):
         (tmp_path / name).write_bytes(b"half")
     make(JOBS[:2], tmp_path)
     assert sorted(contents(tmp_path)) == [living, ".other.png.4194999.tmp", "clip0.png", "clip1.png"]
